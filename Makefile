@@ -1,0 +1,30 @@
+# The commands of the README. Each makes the environment it needs in .venv first.
+# PYTHON, CONSTRAINTS and PIP_FLAGS can be overridden: make test PYTHON=python3.12
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test tensorboard clean
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+train: $(VENV)/installed  ## DQN on CartPole-v1 by its preset, about two minutes
+	$(BIN)/python -m scripts.train dqn --env-id CartPole-v1
+
+test: $(VENV)/installed  ## everything a change must pass, under ten minutes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 -q
+
+tensorboard: $(VENV)/installed  ## the curves of every run under runs/
+	$(BIN)/tensorboard --logdir runs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
