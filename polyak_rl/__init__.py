@@ -1,0 +1,29 @@
+"""Target networks and weight averaging for deep reinforcement learning in PyTorch."""
+
+from polyak_rl.average import AverageBank, refresh_batch_norm
+from polyak_rl.flat import Flat, FlatParameter, flatten_
+from polyak_rl.rules import Ema, Hard, Polynomial, Power, Rule, Tail, Uniform, Window, parse_rule
+from polyak_rl.target import TargetNetwork, hard_update, soft_update, weighted_average
+from polyak_rl.timeline import Timeline
+
+__all__ = [
+    "AverageBank",
+    "Ema",
+    "Flat",
+    "FlatParameter",
+    "Hard",
+    "Polynomial",
+    "Power",
+    "Rule",
+    "Tail",
+    "TargetNetwork",
+    "Timeline",
+    "Uniform",
+    "Window",
+    "flatten_",
+    "hard_update",
+    "parse_rule",
+    "refresh_batch_norm",
+    "soft_update",
+    "weighted_average",
+]

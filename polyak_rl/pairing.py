@@ -1,0 +1,449 @@
+"""Match two networks tensor by tensor, or say why not.
+
+Everything here runs before the first write: a pairing that cannot be trusted raises a
+``ValueError`` that names the tensor, and nothing has changed.
+
+- Modules and mappings are matched by qualified name with exact shapes. Wrappers
+  (``torch.compile``, DDP, FSDP, ``AveragedModel``, activation checkpoints) are looked through by
+  their type, at any depth. Plain mappings have the textual prefixes of those wrappers stripped
+  where that is needed to match, and are refused where it would make two names one.
+- Sequences are matched by position.
+- Tied tensors are paired once. A target that shares memory with the online network, or with
+  itself in part, is refused, and so are swapped arguments where they can be noticed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import product
+from operator import is_
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+Network: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+"""A module, a mapping of name to tensor, or a sequence of tensors."""
+
+# (module that defines the wrapper, its class, the attribute that holds the wrapped network)
+_WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "CheckpointWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+    ("torch.optim.swa_utils", "AveragedModel", "module"),
+)
+_PRIVATE_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+class Pair(NamedTuple):
+    """One tensor of the target and the tensor of the online network that it follows."""
+
+    name: str
+    target: Tensor
+    online: Tensor
+    is_buffer: bool
+
+
+class Entry(NamedTuple):
+    """A tensor inside a module, and the registry that would show its replacement."""
+
+    name: str
+    tensor: Tensor
+    is_buffer: bool
+    is_persistent: bool
+    registry: dict[str, Tensor | None]
+    key: str
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile``, DDP, FSDP, ``AveragedModel`` and the like."""
+    while True:
+        for home, class_name, attribute in _WRAPPERS:
+            # A wrapper whose home was never imported cannot have an instance: no import here.
+            wrapper = getattr(sys.modules.get(home), class_name, None)
+            if wrapper is not None and isinstance(module, wrapper):
+                module = getattr(module, attribute)
+                break
+        else:
+            return module
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[Entry]:
+    """Every parameter and buffer by qualified name, wrappers looked through, ties kept."""
+    module = unwrap(module)
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield Entry(prefix + key, parameter, False, True, module._parameters, key)  # type: ignore[arg-type]
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            persistent = key not in module._non_persistent_buffers_set
+            yield Entry(prefix + key, buffer, True, persistent, module._buffers, key)
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from walk(child, f"{prefix}{key}.")
+
+
+class Watch:
+    """Notices that a module no longer holds the tensors that it was matched with.
+
+    ``.to()``, ``.double()``, ``load_state_dict(assign=True)``, a parameter or submodule that was
+    replaced, added or deleted: each makes ``intact()`` false. It costs about 0.1 microseconds a
+    tensor and never touches the device.
+    """
+
+    def __init__(
+        self, module: nn.Module, kinds: Iterable[str] = ("_parameters", "_buffers")
+    ) -> None:
+        kinds = ("_modules", *kinds)
+        self._registries = [m.__dict__[kind] for m in _submodules(module) for kind in kinds]
+        self._sizes = [len(registry) for registry in self._registries]
+        self._homes = [registry for registry in self._registries for _ in registry]
+        self._keys = [key for registry in self._registries for key in registry]
+        self._members = [member for registry in self._registries for member in registry.values()]
+        self._tensors = [member for member in self._members if isinstance(member, Tensor)]
+        self._sharded = any(map(_is_sharded, self._tensors))
+        self._places = self._find()
+
+    def intact(self) -> bool:
+        """True while the module holds the same tensors in the same memory."""
+        # map() over C functions: this runs at every update.
+        return (
+            [*map(len, self._registries)] == self._sizes
+            and all(map(is_, map(dict.get, self._homes, self._keys), self._members))
+            and self._find() == self._places
+        )
+
+    def _find(self) -> list[int]:
+        if self._sharded:
+            return [_local(tensor).data_ptr() for tensor in self._tensors]
+        return [*map(Tensor.data_ptr, self._tensors)]
+
+
+def match(
+    target: Network, online: Network, exclude: Sequence[str] = (), *, writes: bool = True
+) -> list[Pair]:
+    """Pair the tensors of ``target`` with those of ``online``, each target tensor once.
+
+    Args:
+        target: what is written.
+        online: what is read.
+        exclude: name patterns (``fnmatch``) that are left out; each must match something.
+        writes: False where the target is only compared: sharing memory does no harm then, and tied
+            tensors keep all their names.
+
+    Raises:
+        ValueError: a name is missing or extra, a shape, device or kind of number differs, nothing
+            matches, memory is shared, or the arguments look swapped. Nothing has been written.
+        TypeError: an argument is not a network, or a member of it is not a tensor.
+    """
+    pairs = _pair(target, online)
+    require_matches("exclude", exclude, [pair.name for pair in pairs])
+    if exclude:
+        pairs = [pair for pair in pairs if not matches_any(pair.name, exclude)]
+    positional = not isinstance(target, nn.Module | Mapping)
+    if not pairs and not positional:
+        raise ValueError("nothing to update: target and online have no tensor in common")
+    for pair in pairs:
+        _check_pair(pair)
+    if writes:
+        pairs = _drop_ties(pairs)
+        _check_direction(pairs)
+        _check_memory(pairs)
+    return pairs
+
+
+def require_matches(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise where a pattern matches no name: most likely it is misspelt."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"{argument} pattern {pattern!r} matches no tensor; the names are {_some(names)}"
+            )
+
+
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """True where one of the patterns (``fnmatch``) matches the name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _submodules(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    inner = unwrap(module)
+    if inner is not module:
+        yield inner
+    for child in inner._modules.values():
+        if child is not None:
+            yield from _submodules(child)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "_local_tensor")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The shard that this process holds of a DTensor; any other tensor as it is."""
+    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return shard
+
+
+def _pair(target: Network, online: Network) -> list[Pair]:
+    if target is online:
+        raise ValueError("target and online are the same object: an average needs two networks")
+    by_name = [isinstance(network, nn.Module | Mapping) for network in (target, online)]
+    if all(by_name):
+        return _pair_by_name(target, online)  # type: ignore[arg-type]
+    if any(by_name):
+        raise TypeError(
+            "target and online must both have names (modules, mappings) or both be sequences, "
+            f"got {type(target).__name__} and {type(online).__name__}"
+        )
+    return _pair_by_position(_tensors("target", target), _tensors("online", online))
+
+
+def _tensors(role: str, network: Network) -> list[Tensor]:
+    if isinstance(network, Tensor) or not isinstance(network, Iterable):
+        raise TypeError(
+            f"{role} must be a module, a mapping of name to tensor or a sequence of tensors, "
+            f"got {type(network).__name__}"
+        )
+    return [_require_tensor(f"{role}[{i}]", tensor) for i, tensor in enumerate(network)]
+
+
+def _require_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def _pair_by_position(target: list[Tensor], online: list[Tensor]) -> list[Pair]:
+    if len(target) != len(online):
+        raise ValueError(
+            f"target and online must have as many tensors, got {len(target)} and {len(online)}"
+        )
+    both = zip(target, online, strict=True)
+    return [Pair(f"[{i}]", t, o, False) for i, (t, o) in enumerate(both)]
+
+
+def _pair_by_name(
+    target: nn.Module | Mapping[str, Tensor], online: nn.Module | Mapping[str, Tensor]
+) -> list[Pair]:
+    if isinstance(target, nn.Module) and isinstance(online, nn.Module):
+        if unwrap(target) is unwrap(online):
+            raise ValueError("target and online are the same module: an average needs two networks")
+        states = False
+    else:
+        states = True
+    targets, target_buffers, target_optional = _named("target", target, states)
+    onlines, online_buffers, online_optional = _named("online", online, states)
+    if targets.keys() != onlines.keys():
+        if isinstance(target, Mapping):
+            targets = _strip("target", targets)
+        if isinstance(online, Mapping):
+            onlines = _strip("online", onlines)
+        # 'module' is also an honest name for a child: only what one has more of is a wrapper's.
+        surplus = _depth(targets) - _depth(onlines)
+        if isinstance(target, Mapping) and surplus > 0:
+            targets = {name.split(".", surplus)[-1]: t for name, t in targets.items()}
+        if isinstance(online, Mapping) and surplus < 0:
+            onlines = {name.split(".", -surplus)[-1]: t for name, t in onlines.items()}
+    missing = [name for name in targets if name not in onlines and name not in target_optional]
+    extra = [name for name in onlines if name not in targets and name not in online_optional]
+    if missing or extra:
+        found = [
+            f"online lacks {_some(missing)}" if missing else "",
+            f"target lacks {_some(extra)}" if extra else "",
+        ]
+        raise ValueError(
+            "target and online must have the same tensor names; "
+            + " and ".join(filter(None, found))
+        )
+    buffers = target_buffers | online_buffers
+    return [
+        Pair(name, tensor, onlines[name], name in buffers)
+        for name, tensor in targets.items()
+        if name in onlines
+    ]
+
+
+def _named(
+    role: str, network: nn.Module | Mapping[str, Tensor], states: bool
+) -> tuple[dict[str, Tensor], set[str], set[str]]:
+    """Tensors by name, which of them are buffers, and which a plain mapping may lack."""
+    if isinstance(network, nn.Module):
+        entries = list(walk(network))
+        buffers = {entry.name for entry in entries if entry.is_buffer}
+        optional = {entry.name for entry in entries if states and not entry.is_persistent}
+        return {entry.name: entry.tensor for entry in entries}, buffers, optional
+    tensors = {}
+    for name, tensor in network.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the names of {role} must be strings, got {name!r}")
+        tensors[name] = _require_tensor(f"{role}[{name!r}]", tensor)
+    return tensors, set(), set()
+
+
+def _strip(role: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the private attributes that wrappers leave in a state dict."""
+    stripped: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        short = ".".join(part for part in name.split(".") if part not in _PRIVATE_NAMES)
+        if short in origin:
+            raise ValueError(
+                f"{role} names {origin[short]!r} and {name!r} are one name ({short!r}) once the "
+                "prefixes of wrappers are stripped"
+            )
+        origin[short] = name
+        stripped[short] = tensor
+    return stripped
+
+
+def _depth(names: Collection[str]) -> int:
+    """How many times ``module.`` stands before every name: DDP and DataParallel put it there."""
+    depth = 0
+    while names and all(name.startswith("module." * (depth + 1)) for name in names):
+        depth += 1
+    return depth
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _check_pair(pair: Pair) -> None:
+    name, target, online, _ = pair
+    for role, tensor in (("target", target), ("online", online)):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{role} {name!r} is not initialised yet: run one batch through the network first"
+            )
+        if tensor.is_meta:
+            raise ValueError(f"{role} {name!r} is on the meta device and has no values")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{role} {name!r} must be dense, got layout {tensor.layout}")
+    if target.shape != online.shape:
+        raise ValueError(
+            f"{name!r} must have one shape, got {tuple(target.shape)} in target and "
+            f"{tuple(online.shape)} in online"
+        )
+    if _is_sharded(target) != _is_sharded(online):
+        raise ValueError(f"{name!r} must be sharded in both networks or in neither")
+    if target.device != online.device:
+        raise ValueError(
+            f"{name!r} must be on one device, got {target.device} in target and {online.device} "
+            "in online"
+        )
+    if target.dtype is not online.dtype and _kind(target) != _kind(online):
+        raise ValueError(
+            f"{name!r} must hold one kind of number, got {target.dtype} in target and "
+            f"{online.dtype} in online"
+        )
+
+
+def _kind(tensor: Tensor) -> object:
+    """What may be converted: between real precisions and between complex ones, nothing else."""
+    if tensor.is_floating_point():
+        return "real"
+    return "complex" if tensor.is_complex() else tensor.dtype
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor's values are: equal for two views that show the same values."""
+    local = _local(tensor)
+    return (local.data_ptr(), tuple(local.shape), local.stride(), local.dtype)
+
+
+def _drop_ties(pairs: list[Pair]) -> list[Pair]:
+    """Tied tensors once; a tie that the online network does not have is refused."""
+    if len({_local(pair.target).data_ptr() for pair in pairs}) == len(pairs):
+        return pairs
+    kept: dict[tuple[object, ...], Pair] = {}
+    for pair in pairs:
+        if pair.target.numel() == 0:
+            continue
+        first = kept.setdefault(_place(pair.target), pair)
+        if first is not pair and _place(first.online) != _place(pair.online):
+            raise ValueError(
+                f"target {first.name!r} and {pair.name!r} are one tensor, but online has two"
+            )
+    return list(kept.values())
+
+
+def _check_direction(pairs: list[Pair]) -> None:
+    trained = [pair for pair in pairs if pair.target.requires_grad]
+    if trained and not any(pair.online.requires_grad for pair in pairs):
+        raise ValueError(
+            f"target {trained[0].name!r} requires grad and no tensor of online does: the arguments "
+            "look swapped (the destination comes first). If they are not, freeze the target with "
+            "requires_grad_(False)"
+        )
+
+
+def _check_memory(pairs: list[Pair]) -> None:
+    """Refuse a target that shares bytes with the online network or, in part, with itself."""
+    shared = find_overlap(
+        [(pair.name, pair.target) for pair in pairs], [(pair.name, pair.online) for pair in pairs]
+    )
+    if shared is None:
+        return
+    mine, theirs, with_online = shared
+    if not with_online:
+        raise ValueError(f"target {mine!r} and {theirs!r} overlap in memory")
+    raise ValueError(
+        f"target {mine!r} shares memory with online {theirs!r}: updating it would change "
+        "the online network. Clone it, or exclude it where sharing is meant"
+    )
+
+
+def find_overlap(
+    written: Iterable[tuple[str, Tensor]], read: Iterable[tuple[str, Tensor]] = ()
+) -> tuple[str, str, bool] | None:
+    """Two names whose tensors share bytes, the first one written, and whether the other is read.
+
+    Tensors that are only read may share memory with each other.
+    """
+    blocks = [(*block, True, name) for name, tensor in written for block in _blocks(tensor)]
+    blocks += [(*block, False, name) for name, tensor in read for block in _blocks(tensor)]
+    blocks.sort()
+    written_end, read_end = -1, -1  # the last byte that either reaches so far, and whose it is
+    writer = reader = ""
+    for start, end, is_written, name in blocks:
+        if start < written_end:
+            return (writer, name, not is_written)
+        if is_written:
+            if start < read_end:
+                return (name, reader, True)
+            written_end, writer = end, name
+        elif end > read_end:
+            read_end, reader = end, name
+    return None
+
+
+def _blocks(tensor: Tensor) -> list[tuple[int, int]]:
+    """The address ranges that a tensor fills: one if it is dense, else one a row."""
+    local = _local(tensor)
+    base = local.data_ptr()
+    if not local.is_cpu:
+        # Addresses of two devices may coincide: keep them apart.
+        base += (1 + (local.device.index or 0)) << 64
+    if local.is_contiguous():
+        return [(base, base + local.nbytes)] if local.nbytes else []
+    size, dense = local.element_size(), 1
+    outer: list[Iterable[int]] = []
+    for stride, n in sorted(zip(local.stride(), local.shape, strict=True)):
+        if n > 1 and stride == dense and not outer:
+            dense *= n
+        elif n > 1:
+            outer.append(range(0, n * stride, stride) if stride else [0] * n)
+    starts = (base + sum(offsets) * size for offsets in product(*outer))
+    return [(start, start + dense * size) for start in starts]
