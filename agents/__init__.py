@@ -1,0 +1,1 @@
+"""DQN, DDPG and SAC, and what they run on."""

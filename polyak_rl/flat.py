@@ -86,7 +86,7 @@ class Flat:
         self._frozen: list[tuple[str, Tensor]] = []
         for group, entries in groups.items():
             self._lay(group, entries)
-        self._watch = Watch(module, ("_parameters",))
+        self._watch = Watch(module, kinds=["_parameters"])
         if self.parameters:
             self.gather_gradients()
 

@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 
@@ -171,11 +172,14 @@ class Tail(Rule):
     def __post_init__(self) -> None:
         _require(0 < self.fraction <= 1, "Tail's fraction must be in (0, 1]", self.fraction)
 
+    @cached_property
+    def _left_out(self) -> Fraction:
+        # 0.3 means three tenths, not the double beside it: ceil must not see the difference.
+        return 1 - Fraction(self.fraction).limit_denominator(10**6)
+
     def first(self, k: int) -> int:
         """How many iterates are left out after k updates."""
-        # 0.3 means three tenths, not the double beside it: ceil must not see the difference.
-        left_out = (1 - Fraction(self.fraction).limit_denominator(10**6)) * k
-        return min(math.ceil(left_out), k - 1)
+        return min(math.ceil(self._left_out * k), k - 1)
 
     def gain(self, k: int, every: int = 1) -> float:
         """There is none; raises ValueError."""
@@ -264,7 +268,7 @@ class Power(Rule):
             known = 0 < self.sigma_rel <= 12**-0.5
             _require(known, "Power's sigma_rel must be in (0, 12^(-1/2)]", self.sigma_rel)
 
-    @property
+    @cached_property
     def exponent(self) -> float:
         """Gamma, as given or from sigma_rel."""
         if self.gamma is not None:

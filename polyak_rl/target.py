@@ -38,7 +38,6 @@ Buffers: TypeAlias = Policy | Mapping[str, Policy]
 """One policy, or a policy per name pattern; of several patterns that match the last one counts."""
 
 
-@torch.no_grad()
 def soft_update(
     target: Network, online: Network, tau: Tau = 0.005, *, buffers: Buffers = "copy"
 ) -> None:
@@ -84,9 +83,10 @@ def soft_update(
         0.55
     """
     if not (isinstance(target, nn.Module) and isinstance(online, nn.Module)):
-        _Plan(match(target, online), tau, buffers).apply()
+        with torch.no_grad():
+            _Plan(match(target, online), tau, buffers).apply()
     elif torch.compiler.is_compiling():
-        _Plan(_traced_pairs(target, online), tau, buffers).apply()
+        _Plan(_detached(_traced_pairs(target, online)), tau, buffers).apply()
     else:
         _planned(target, online, tau, buffers).apply()
 
@@ -238,7 +238,9 @@ class TargetNetwork(nn.Module):
         self._policy = buffers
         self._tau = _check_tau(tau)
         self._online = (online,)  # a tuple, so that it is not a submodule
-        self._clock = torch.zeros((), dtype=torch.int64)  # on the host whatever the device
+        self._clock = 0
+        # What torch.compile traces counts in a tensor: to it an int is a constant.
+        self._traced_clock = torch.zeros((), dtype=torch.int64)
         if target is None:
             target = self._copy(online)
         match(target, online, self._exclude)
@@ -274,14 +276,15 @@ class TargetNetwork(nn.Module):
         tau = _check_tau(tau)
         if isinstance(tau, Mapping) or isinstance(self._tau, Mapping):
             self._plan = self._plan_updates(tau, self._plan.masters)
-        self._tau = self._plan.tau = tau
+        else:
+            self._plan.set_tau(tau)
+        self._tau = tau
 
     @property
     def clock(self) -> int:
         """How often :meth:`update` was called."""
-        return int(self._clock)
+        return self._clock + int(self._traced_clock)
 
-    @torch.no_grad()
     def update(self) -> None:
         """Count one gradient step, and at every N-th move the copy towards the online network.
 
@@ -292,11 +295,13 @@ class TargetNetwork(nn.Module):
         Raises:
             ValueError: the online network no longer matches the copy.
         """
-        if self.every == 1 or (int(self._clock) + 1) % self.every == 0:
+        if self.every == 1 or (self.clock + 1) % self.every == 0:
             self._current_plan().apply()
-        self._clock.add_(1)
+        if torch.compiler.is_compiling():
+            self._traced_clock.add_(1)
+        else:
+            self._clock += 1
 
-    @torch.no_grad()
     def sync(self) -> None:
         """Copy the online network now, bit for bit, whatever tau is; the clock goes on."""
         self._current_plan().copy()
@@ -339,7 +344,8 @@ class TargetNetwork(nn.Module):
         ours = {name: tensor.shape for name, tensor in self._plan.masters.items()}
         if masters and masters != ours:
             raise ValueError(f"the saved masters {masters} do not fit this target's {ours}")
-        self._clock.fill_(state["clock"])
+        self._clock = state["clock"]
+        self._traced_clock.zero_()
         self._loaded = state["masters"]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -367,7 +373,7 @@ class TargetNetwork(nn.Module):
         if torch.compiler.is_compiling():
             # What is traced reads the modules anew: a plan would keep tensors that are gone later.
             pairs = _traced_pairs(self.module, self.online, self._exclude)
-            return _Plan(pairs, self._tau, self._policy, self._plan.masters)
+            return _Plan(_detached(pairs), self._tau, self._policy, self._plan.masters)
         if not self._plan.intact():
             self._follow()
             self._plan = self._plan_updates(self._tau, self._plan.masters)
@@ -392,13 +398,14 @@ class TargetNetwork(nn.Module):
         flatten_like_(self.module, self.online)
 
     def _plan_updates(self, tau: Tau, masters: Mapping[str, Tensor] | None = None) -> _Plan:
-        pairs = match(self.module, self.online, self._exclude)
+        pairs = _detached(match(self.module, self.online, self._exclude))
         return _Plan(pairs, tau, self._policy, masters or {}, (self.module, self.online))
 
 
 class _Plan:
     """What one update does, decided and checked before the first write.
 
+    Where the tensors are detached it needs no ``no_grad``, which would cost a microsecond.
     ``masters`` are the float32 masters by name as far as there are any yet; None forbids them.
     """
 
@@ -411,7 +418,7 @@ class _Plan:
         modules: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         self.pairs = pairs
-        policies = _policies(pairs, buffers)
+        policies = choose_policies([(p.name, p.target, p.is_buffer) for p in pairs], buffers)
         moving = [pair for pair in pairs if policies[pair.name] == "average"]
         copied = [pair for pair in pairs if policies[pair.name] == "copy"]
         self._copied = ([pair.target for pair in copied], [pair.online for pair in copied])
@@ -425,7 +432,7 @@ class _Plan:
             kind = (pair.target.dtype, pair.online.dtype, pair.target.device, taus.get(pair.name))
             kinds.setdefault(kind, []).append(pair)
         self._groups = [_Group(group, kind[-1], masters) for kind, group in kinds.items()]
-        self._watches = [Watch(module) for module in modules or ()]
+        self._watch = Watch(*modules or ())
         self.set_tau(_check_tau(tau))
 
     def set_tau(self, tau: Tau) -> None:
@@ -436,7 +443,7 @@ class _Plan:
 
     def intact(self) -> bool:
         """True while the modules hold the tensors that this plan writes and reads."""
-        return all([watch.intact() for watch in self._watches])
+        return self._watch.intact()
 
     def apply(self) -> None:
         """Move every tensor by one update."""
@@ -476,7 +483,7 @@ class _Group:
         self._sources = self._onlines  # what it moves to: the online tensors, or those cast
         if self._averages[0].dtype != self._onlines[0].dtype:
             self._sources = [torch.empty_like(average) for average in self._averages]
-        self._versions = [target._version for target in self.masters and self._targets]
+        self._versions = [target._version for target in self._targets] if self.masters else []
 
     def check(self, tau: Any) -> None:
         first = self._first
@@ -563,9 +570,14 @@ def _planned(target: nn.Module, online: nn.Module, tau: Tau, buffers: Buffers) -
             if not isinstance(tau, Mapping):
                 plan.set_tau(_check_tau(tau))
             return plan
-    plan = _Plan(match(target, online), tau, buffers, modules=(target, online))
+    pairs = _detached(match(target, online))
+    plan = _Plan(pairs, tau, buffers, modules=(target, online))
     _plans[target] = (ref(online), options, plan)
     return plan
+
+
+def _detached(pairs: list[Pair]) -> list[Pair]:
+    return [Pair(p.name, p.target.detach(), p.online.detach(), p.is_buffer) for p in pairs]
 
 
 def _frozen(option: object) -> object:
@@ -583,7 +595,7 @@ def _traced_pairs(
         raise ValueError(
             f"target and online must have the same names, got {[*targets]} and {[*onlines]}"
         )
-    pairs = {}
+    pairs: dict[int, Pair] = {}
     for name, (_, tensor, is_buffer, *_) in targets.items():
         if matches_any(name, exclude):
             continue
@@ -602,7 +614,7 @@ def _check_tau(tau: Tau) -> Tau:
                 "tau must be a floating-point tensor of no dimensions, got "
                 f"{tau.dtype} {tuple(tau.shape)}"
             )
-        return tau
+        return tau.detach()
     if isinstance(tau, Mapping):
         return {pattern: _check_number(value) for pattern, value in tau.items()}
     return _check_number(tau)

@@ -1,0 +1,154 @@
+"""DDPG: Lillicrap et al. 2016, Continuous control with deep reinforcement learning.
+
+https://arxiv.org/abs/1509.02971, Algorithm 1.
+
+| paper | here |
+|---|---|
+| mu(s; theta^mu) | `actor` |
+| Q(s, a; theta^Q) | `critic` |
+| mu', Q' | `actor_target`, `critic_target` |
+| tau | `tau` |
+| N, exploration noise | `noise_std` |
+| R, replay buffer | the training loop's `Replay`, `buffer_size` |
+| y_i | `y` in `update` |
+
+Deviations, all shared with Stable-Baselines3, whose defaults these are:
+- the noise is Gaussian and uncorrelated: Fujimoto et al. 2018 (https://arxiv.org/abs/1802.09477)
+  saw no gain from the Ornstein-Uhlenbeck process;
+- the critic takes the action at its first layer, not its second, and has no weight decay and no
+  batch normalisation; both networks have torch's initial weights;
+- actions are uniformly random until `learning_starts`.
+
+Actions are in [-1, 1] here and in the replay buffer; the training loop scales them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agents.limits import check
+from agents.networks import Critic, DeterministicActor
+from agents.replay import Batch
+from agents.seeding import Purpose, generators
+from polyak_rl import TargetNetwork, flatten_
+
+
+@dataclass(frozen=True)
+class DDPGConfig:
+    """Defaults of Stable-Baselines3's DDPG; noise as in rl-baselines3-zoo."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size, actor and critic"""
+    batch_size: int = 256
+    """transitions in a gradient step"""
+    buffer_size: int = 1_000_000
+    """transitions kept"""
+    learning_starts: int = 100
+    """environment steps taken at random before the first gradient step"""
+    gamma: float = 0.99
+    """discount per environment step"""
+    tau: float = 0.005
+    """weight of the online network in a target update"""
+    train_every: int = 1
+    """environment steps between two rounds of gradient steps"""
+    gradient_steps: int = 1
+    """gradient steps in a round"""
+    noise_std: float = 0.1
+    """standard deviation of the exploration noise, actions in [-1, 1]"""
+    hidden: tuple[int, ...] = (400, 300)
+    """units of each hidden layer, actor and critic"""
+
+
+class DDPG:
+    """S independent DDPG agents, one per seed.
+
+    Args:
+        obs_dim: Size O of an observation.
+        action_dim: Size A of an action.
+        config: Hyper-parameters.
+        seeds: One training seed per agent.
+        device: Where the networks live.
+        total_steps: Environment steps of the whole run; nothing here depends on it.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        config: DDPGConfig,
+        seeds: Sequence[int],
+        device: torch.device | str,
+        total_steps: int,
+    ) -> None:
+        check(config)
+        self.config = config
+        self.action_dim = action_dim
+        self.exploration = generators(Purpose.EXPLORATION, seeds, device)
+
+        init = generators(Purpose.INIT, seeds)
+        self.actor = DeterministicActor(obs_dim, action_dim, config.hidden, init).to(device)
+        self.critic = Critic(obs_dim, action_dim, config.hidden, init, n=1).to(device)
+        self.actor_flat = flatten_(self.actor, members=len(seeds))
+        self.critic_flat = flatten_(self.critic, members=len(seeds))
+        self.actor_optimizer, self.critic_optimizer = (
+            torch.optim.Adam(flat.parameters, lr=config.learning_rate, fused=True)
+            for flat in (self.actor_flat, self.critic_flat)
+        )
+        self.actor_target = TargetNetwork(self.actor, tau=config.tau)
+        self.critic_target = TargetNetwork(self.critic, tau=config.tau)
+
+        self.policy: nn.Module = self.actor
+        self.targets = {"actor": self.actor_target, "critic": self.critic_target}
+        self.optimizers = [self.critic_optimizer, self.actor_optimizer]
+        self._actor_parameters = list(self.actor.parameters())
+
+    def charts(self, step: int) -> dict[str, float]:
+        """What the schedules say at an environment step: there are none."""
+        return {}
+
+    @torch.inference_mode()
+    def explore(self, obs: Tensor, step: int) -> Tensor:
+        """Noisy actions, uniform ones until learning starts: obs [S, n, O] -> [S, n, A]."""
+        shape = (obs.shape[1], self.action_dim)
+        if step < self.config.learning_starts:
+            draws = [torch.rand(shape, generator=g, device=obs.device) for g in self.exploration]
+            return 2 * torch.stack(draws) - 1
+        noise = torch.stack(
+            [torch.randn(shape, generator=g, device=obs.device) for g in self.exploration]
+        )
+        action: Tensor = self.actor(obs)
+        return (action + self.config.noise_std * noise).clamp(-1, 1)
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step of every agent on its own batch; returns tags with a value [S] each."""
+        s, a, r, terminated, s_next = batch
+
+        # y = r + gamma Q'(s', mu'(s')), and r alone where s' is terminal
+        with torch.no_grad():
+            q_next = self.critic_target(s_next, self.actor_target(s_next)).squeeze(1)  # [S, B]
+            y = r + self.config.gamma * (1 - terminated) * q_next
+
+        # critic: L = mean (y - Q(s, a))^2
+        q = self.critic(s, a).squeeze(1)
+        critic_loss = F.mse_loss(q, y, reduction="none").mean(-1)  # [S]
+        self.critic_flat.zero_grad()
+        critic_loss.sum().backward()
+        self.critic_optimizer.step()
+
+        # actor: the policy gradient, J = mean Q(s, mu(s)); the critic gets no gradient from it
+        actor_loss = -self.critic(s, self.actor(s)).squeeze(1).mean(-1)  # [S]
+        self.actor_flat.zero_grad()
+        actor_loss.sum().backward(inputs=self._actor_parameters)
+        self.actor_optimizer.step()
+
+        # theta' <- tau theta + (1 - tau) theta'
+        self.critic_target.update()
+        self.actor_target.update()
+        return {
+            "losses/qf_loss": critic_loss.detach(),
+            "losses/q_values": q.detach().mean(-1),
+            "losses/actor_loss": actor_loss.detach(),
+        }

@@ -1,0 +1,159 @@
+"""DQN: Mnih et al. 2015, Human-level control through deep reinforcement learning.
+
+https://www.nature.com/articles/nature14236, Algorithm 1. The switch `double` gives Double DQN,
+van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461.
+
+| paper | here |
+|---|---|
+| Q(s, a; theta) | `q` |
+| Q^(s, a; theta^-), reset to theta every C updates | `q_target`, `target_update_every` |
+| D, replay memory of N transitions | the training loop's `Replay`, `buffer_size` |
+| epsilon, annealed linearly | `epsilon(step)` |
+| y_j | `y` in `update` |
+
+Deviations, all shared with Stable-Baselines3, whose defaults these are:
+- the Huber loss stands for the clipping of the error term: the same gradient, and a loss to show;
+- rewards are not clipped, the gradient's norm is: the tasks have no common reward scale;
+- Adam stands for RMSProp, which needs a rate of its own for each task;
+- actions are random until `learning_starts`, whatever epsilon says.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agents.limits import check
+from agents.networks import QNetwork
+from agents.replay import Batch
+from agents.seeding import Purpose, generators
+from polyak_rl import TargetNetwork, flatten_
+
+
+@dataclass(frozen=True)
+class DQNConfig:
+    """Defaults of Stable-Baselines3's DQN, its target period restated in gradient steps."""
+
+    learning_rate: float = 1e-4
+    """Adam's step size"""
+    batch_size: int = 32
+    """transitions in a gradient step"""
+    buffer_size: int = 1_000_000
+    """transitions kept"""
+    learning_starts: int = 100
+    """environment steps taken at random before the first gradient step"""
+    gamma: float = 0.99
+    """discount per environment step"""
+    target_update_every: int = 2500
+    """gradient steps between two target updates"""
+    tau: float = 1.0
+    """weight of the online network in a target update; 1 copies it"""
+    train_every: int = 4
+    """environment steps between two rounds of gradient steps"""
+    gradient_steps: int = 1
+    """gradient steps in a round"""
+    epsilon_start: float = 1.0
+    """share of random actions at step 0"""
+    epsilon_end: float = 0.05
+    """share of random actions once annealed"""
+    exploration_fraction: float = 0.1
+    """share of all environment steps over which epsilon is annealed"""
+    hidden: tuple[int, ...] = (64, 64)
+    """units of each hidden layer"""
+    max_grad_norm: float = 10.0
+    """L2 norm to which a gradient is clipped"""
+    double: bool = False
+    """choose the next action by the online network (Double DQN)"""
+
+
+class DQN:
+    """S independent DQN agents, one per seed.
+
+    Args:
+        obs_dim: Size O of an observation.
+        action_dim: Number of actions.
+        config: Hyper-parameters.
+        seeds: One training seed per agent.
+        device: Where the networks live.
+        total_steps: Environment steps of the whole run, to which epsilon's schedule is tied.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        config: DQNConfig,
+        seeds: Sequence[int],
+        device: torch.device | str,
+        total_steps: int,
+    ) -> None:
+        check(config)
+        self.config = config
+        self.action_dim = action_dim
+        self.annealing_steps = config.exploration_fraction * total_steps
+        self.exploration = generators(Purpose.EXPLORATION, seeds, device)
+
+        init = generators(Purpose.INIT, seeds)
+        self.q = QNetwork(obs_dim, action_dim, config.hidden, init).to(device)
+        self.flat = flatten_(self.q, members=len(seeds))
+        self.optimizer = torch.optim.Adam(self.flat.parameters, lr=config.learning_rate, fused=True)
+        self.q_target = TargetNetwork(self.q, tau=config.tau, every=config.target_update_every)
+
+        self.policy: nn.Module = self.q
+        self.targets = {"q": self.q_target}
+        self.optimizers = [self.optimizer]
+
+    def epsilon(self, step: int) -> float:
+        """Share of random actions at an environment step."""
+        c = self.config
+        if step < c.learning_starts:
+            return 1.0
+        progress = min(1.0, step / self.annealing_steps) if self.annealing_steps else 1.0
+        return c.epsilon_start + progress * (c.epsilon_end - c.epsilon_start)
+
+    def charts(self, step: int) -> dict[str, float]:
+        """What the schedules say at an environment step."""
+        return {"charts/epsilon": self.epsilon(step)}
+
+    @torch.inference_mode()
+    def explore(self, obs: Tensor, step: int) -> Tensor:
+        """Epsilon-greedy actions: obs [S, n, O] -> [S, n].
+
+        Two numbers are drawn for each action whether or not it is random, so that the stream's
+        position depends on the number of actions alone.
+        """
+        shape = (2, obs.shape[1])
+        coin, pick = torch.stack(
+            [torch.rand(shape, generator=g, device=obs.device) for g in self.exploration], dim=1
+        )
+        random = (pick * self.action_dim).long()
+        return torch.where(coin < self.epsilon(step), random, self.q.act(obs))
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step of every agent on its own batch; returns tags with a value [S] each."""
+        s, a, r, terminated, s_next = batch
+
+        # y = r + gamma max_a' Q^(s', a'), and r alone where s' is terminal
+        # Double DQN: y = r + gamma Q^(s', argmax_a' Q(s', a'))
+        with torch.no_grad():
+            q_next = self.q_target(s_next)  # [S, B, actions]
+            if self.config.double:
+                q_next = q_next.gather(-1, self.q.act(s_next).unsqueeze(-1)).squeeze(-1)
+            else:
+                q_next = q_next.amax(-1)
+            y = r + self.config.gamma * (1 - terminated) * q_next  # [S, B]
+
+        # L = mean Huber(y - Q(s, a))
+        q = self.q(s).gather(-1, a.long()).squeeze(-1)  # [S, B]
+        loss = F.smooth_l1_loss(q, y, reduction="none").mean(-1)  # [S]
+
+        self.flat.zero_grad()
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        self.flat.clip_grad_norm_(self.config.max_grad_norm)
+        self.optimizer.step()
+
+        # every C gradient steps: theta^- <- theta
+        self.q_target.update()
+        return {"losses/td_loss": loss.detach(), "losses/q_values": q.detach().mean(-1)}

@@ -1,0 +1,227 @@
+"""Multi-layer perceptrons whose tensors have a leading member dimension.
+
+`M` members are `M` independent networks of one shape, evaluated by one batched product:
+`[M, B, in] @ [M, in, out]`. Training several seeds at once is several members, and so are twin
+critics; a single network is `M = 1`. No network stores `M`: it is read from the weights, so that a
+policy whose weights are replaced by a stack of other policies' weights evaluates all of them.
+
+On CPU a member's result does not depend, to the bit, on which members are beside it, where hidden
+sizes are multiples of 4 and the weights lie in flat memory (`polyak_rl.flatten_`).
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyak_rl import flatten_
+
+LOG_STD_MIN = -20.0
+LOG_STD_MAX = 2.0
+
+
+class Linear(nn.Module):
+    r"""Affine maps `y = x W + b`, one per member.
+
+    Each member's weight and bias are drawn from U(-1/sqrt(in), 1/sqrt(in)), torch's default law
+    for a linear layer, with that member's generator (`nn.init` on [M, in, out] would take the
+    wrong fan).
+
+    Args:
+        in_features: Size of each input.
+        out_features: Size of each output.
+        generators: One generator per member, on the CPU, so that a seed's first weights are the
+            same on every device.
+
+    Shape:
+        x [M, B, in] -> [M, B, out]; weight [M, in, out], bias [M, 1, out].
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, generators: Sequence[torch.Generator]
+    ) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+
+        def draw(*shape: int) -> nn.Parameter:
+            rows = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
+            return nn.Parameter(torch.stack(rows))
+
+        self.weight = draw(in_features, out_features)
+        self.bias = draw(1, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply each member's map to its own batch.
+
+        The forms are one product; which one is fast, and gives one member and several the same
+        bits on CPU, depends on the shape (measured, and held by tests).
+        """
+        outputs, rows = self.weight.shape[-1], x.shape[1]
+        if outputs >= 8 and outputs % 4 == 0:
+            return torch.baddbmm(self.bias, x, self.weight)
+        if outputs == 1 or rows == 1:
+            return (self.weight.mT @ x.mT).mT + self.bias
+        return torch.baddbmm(self.bias.mT, self.weight.mT, x.mT).mT
+
+
+def mlp(sizes: Sequence[int], generators: Sequence[torch.Generator]) -> nn.Sequential:
+    """Linear layers of these sizes with a ReLU between each two."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [Linear(inputs, outputs, generators), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+class QNetwork(nn.Module):
+    """Action values Q(s, .) of a discrete-action problem: obs [S, B, O] -> [S, B, actions]."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        super().__init__()
+        self.net = mlp((obs_dim, *hidden, action_dim), generators)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Values of all actions."""
+        q: Tensor = self.net(obs)
+        return q
+
+    def act(self, obs: Tensor) -> Tensor:
+        """The greedy actions [S, B], as integers."""
+        q: Tensor = self.net(obs)
+        return q.argmax(-1)
+
+
+class DeterministicActor(nn.Module):
+    """A policy mu(s) with actions in [-1, 1]: obs [S, B, O] -> [S, B, A]."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        super().__init__()
+        self.net = mlp((obs_dim, *hidden, action_dim), generators)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """The actions."""
+        return torch.tanh(self.net(obs))
+
+    def act(self, obs: Tensor) -> Tensor:
+        """The actions [S, B, A]."""
+        return torch.tanh(self.net(obs))
+
+
+class GaussianActor(nn.Module):
+    """A squashed Gaussian policy: a = tanh(u), u ~ N(mean(s), std(s)^2), actions in [-1, 1].
+
+    log std is clamped to [-20, 2], as in Stable-Baselines3: std from 2e-9 to 7.4.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        super().__init__()
+        self.net = mlp((obs_dim, *hidden, 2 * action_dim), generators)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of u, [S, B, A] each."""
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def act(self, obs: Tensor) -> Tensor:
+        """The deterministic actions tanh(mean(s)) [S, B, A]."""
+        return torch.tanh(self.net(obs).chunk(2, dim=-1)[0])
+
+    def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Actions tanh(mean + std noise), differentiable in the weights, and their log density.
+
+        log pi(a|s) = sum_i [ log N(u_i) - log(1 - tanh(u_i)^2) ], where the last term is computed
+        as 2 (log 2 - u - softplus(-2u)), which stays finite where 1 - tanh(u)^2 rounds to zero.
+
+        Args:
+            obs: Observations [S, B, O].
+            noise: Standard normal draws [S, B, A].
+
+        Returns:
+            Actions [S, B, A] and log densities [S, B].
+        """
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return torch.tanh(u), (log_normal - log_slope).sum(-1)
+
+
+class Critic(nn.Module):
+    """`n` action-value functions per seed: obs [S, B, O], action [S, B, A] -> Q [S, n, B].
+
+    A seed's critics are neighbouring members: member `s * n + i` is critic `i` of seed `s`.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        generators: Sequence[torch.Generator],
+        n: int,
+    ) -> None:
+        super().__init__()
+        members = [generator for generator in generators for _ in range(n)]
+        self.net = mlp((obs_dim + action_dim, *hidden, 1), members)
+        self.n = n
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Values of the given actions under every critic."""
+        x = torch.cat((obs, action), dim=-1)  # [S, B, O + A]
+        x = x.repeat_interleave(self.n, dim=0) if self.n > 1 else x  # [S * n, B, O + A]
+        q: Tensor = self.net(x)
+        return q.view(-1, self.n, q.shape[1])
+
+
+def stack_members(policy: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> nn.Module:
+    """A copy of `policy` whose members are those of all `states`, one after another.
+
+    Args:
+        policy: A network of this module; it is left as it is.
+        states: K mappings of parameter name to tensor [S, ...], of any float dtype.
+
+    Returns:
+        A frozen network of K * S members: member `k * S + s` has the weights `states[k]` give
+        seed `s`.
+    """
+    stacked = copy.deepcopy(policy).requires_grad_(False)
+    for name, parameter in stacked.named_parameters():
+        rows = torch.cat([state[name].detach() for state in states])
+        parameter.data = rows.to(parameter.dtype)
+    flatten_(stacked, members=len(rows))  # aligned like the policy itself: the same bits
+    return stacked
+
+
+def select_member(state: Mapping[str, Tensor], index: int, seeds: int) -> dict[str, Tensor]:
+    """The part of a state of `seeds` seeds that belongs to seed number `index`, copied.
+
+    Args:
+        state: Name to tensor [S * n, ...], for example `policy.state_dict()`.
+        index: Which seed, from 0.
+        seeds: How many seeds the state holds.
+    """
+    return {
+        name: tensor.detach().unflatten(0, (seeds, -1))[index].clone()
+        for name, tensor in state.items()
+    }

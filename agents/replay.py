@@ -1,0 +1,117 @@
+"""Experience replay on the agent's device, one buffer per seed in one tensor."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """B transitions of each of S seeds, all float32.
+
+    `terminated` is 1 where the environment ended by its own rules and the future is worth nothing;
+    an episode cut by a time limit has 0 there, and `next_obs` is its real last observation.
+    """
+
+    obs: Tensor  # [S, B, O]
+    action: Tensor  # [S, B, A]
+    reward: Tensor  # [S, B]
+    terminated: Tensor  # [S, B]
+    next_obs: Tensor  # [S, B, O]
+
+
+class Replay:
+    """A ring of the last `capacity` transitions of each seed, sampled uniformly with replacement.
+
+    A transition is one row (obs | action | reward | terminated | next_obs) of a float32 tensor
+    [S, capacity, D], so that a batch is one gather and its fields are views of the result.
+
+    Args:
+        capacity: Transitions kept per seed.
+        obs_dim: Size O of an observation.
+        action_dim: Size A of a stored action; 1 for a discrete one (exact below 2^24).
+        members: Number S of seeds.
+        device: Where the rows live and are sampled.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        obs_dim: int,
+        action_dim: int,
+        members: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1 transition, got {capacity}")
+        self.capacity = capacity
+        self.widths = [obs_dim, action_dim, 1, 1, obs_dim]
+        # Uninitialised on purpose: the system hands out the pages as they are first written.
+        self.rows = torch.empty(members, capacity, sum(self.widths), device=device)
+        self.first_rows = capacity * torch.arange(members, device=device).unsqueeze(1)  # [S, 1]
+        self.size = 0
+        self.position = 0
+
+    def add(
+        self,
+        obs: NDArray[np.float32],
+        action: NDArray[np.float32] | NDArray[np.int64],
+        reward: NDArray[np.float64],
+        terminated: NDArray[np.bool_],
+        next_obs: NDArray[np.float32],
+    ) -> None:
+        """Store n transitions of every seed.
+
+        Args:
+            obs: [S, n, O].
+            action: [S, n, A], or [S, n] for discrete actions.
+            reward: [S, n].
+            terminated: [S, n]; not truncated.
+            next_obs: [S, n, O]; the real last observation where the episode ended.
+        """
+        members, n, obs_dim = obs.shape
+        if n > self.capacity:
+            raise ValueError(f"cannot add {n} transitions at once to a capacity of {self.capacity}")
+        rows = np.empty((members, n, sum(self.widths)), dtype=np.float32)
+        rows[..., :obs_dim] = obs
+        rows[..., obs_dim : -obs_dim - 2] = action.reshape(members, n, self.widths[1])
+        rows[..., -obs_dim - 2] = reward
+        rows[..., -obs_dim - 1] = terminated
+        rows[..., -obs_dim:] = next_obs
+
+        new = torch.from_numpy(rows)
+        fitting = min(n, self.capacity - self.position)
+        self.rows[:, self.position : self.position + fitting] = new[:, :fitting]
+        if fitting < n:  # the rest wraps to the start of the ring
+            self.rows[:, : n - fitting] = new[:, fitting:]
+        self.position = (self.position + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
+
+    def sample(self, batch_size: int, generators: Sequence[torch.Generator]) -> Batch:
+        """Draw `batch_size` transitions of every seed, each with that seed's generator.
+
+        Args:
+            batch_size: B, with replacement, so it may exceed the number stored.
+            generators: One per seed, on the device of the buffer.
+
+        Raises:
+            ValueError: Nothing is stored yet.
+        """
+        if self.size == 0:
+            raise ValueError("cannot sample from an empty replay buffer; add a transition first")
+        device = self.rows.device
+        picks = torch.stack(
+            [
+                torch.randint(self.size, (batch_size,), generator=g, device=device)
+                for g in generators
+            ]
+        )
+        index = (self.first_rows + picks).flatten()
+        rows = self.rows.flatten(0, 1).index_select(0, index)
+        obs, action, reward, terminated, next_obs = torch.split(
+            rows.view(*picks.shape, -1), self.widths, dim=-1
+        )
+        return Batch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)

@@ -1,0 +1,361 @@
+"""The training loop: S seeds side by side on Gymnasium environments."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from agents.evaluation import Evaluation, Evaluator
+from agents.limits import check
+from agents.networks import stack_members
+from agents.presets import ALGORITHMS
+from agents.replay import Batch, Replay
+from agents.seeding import Purpose, episode_seed, evaluation_seeds, generators
+from agents.spaces import interface, make_env
+from polyak_rl import TargetNetwork
+
+
+class Agent(Protocol):
+    """What the loop needs of an algorithm; every tensor begins with the seeds' dimension S."""
+
+    config: Any
+    policy: nn.Module
+    """acts, and is what averages are taken of"""
+    optimizers: Sequence[torch.optim.Optimizer]
+    targets: dict[str, TargetNetwork]
+
+    def explore(self, obs: Tensor, step: int) -> Tensor:
+        """Actions of the behaviour policy at an environment step."""
+        ...
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step; tags with a value [S] each, left on the device."""
+        ...
+
+    def charts(self, step: int) -> dict[str, float]:
+        """Tags of what the agent's schedules say at an environment step."""
+        ...
+
+
+class Log(Protocol):
+    """Where one seed's numbers go."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Values at an environment step."""
+        ...
+
+    def evaluation(
+        self, step: int, scheme: str, returns: NDArray[np.float64], lengths: NDArray[np.int64]
+    ) -> None:
+        """The episodes [E] that one scheme's policy played at an environment step."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained on, how long, and how often it is looked at."""
+
+    env_id: str
+    """Gymnasium's name of the environment"""
+    total_steps: int
+    """environment steps"""
+    n_envs: int = 1
+    """environments side by side; each adds to the same count of steps"""
+    eval_every: int | None = None
+    """environment steps between two evaluations; None: a twentieth of all"""
+    eval_episodes: int = 20
+    """episodes in an evaluation"""
+    lr_decay: Literal["constant", "linear"] = "constant"
+    """learning rates as they are, or falling linearly to 0 at the last gradient step"""
+    log_every: int = 1000
+    """environment steps between two readings of losses and speed"""
+    device: str = "cpu"
+    """where networks and replay buffer live, as torch names it"""
+
+
+class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
+    """Gives every episode a seed of its own, so that any episode can be played again alone."""
+
+    def __init__(self, env: gym.Env[Any, Any], seed: int, env_index: int) -> None:
+        super().__init__(env)
+        self.seed = seed
+        self.env_index = env_index
+        self.episode = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin the next episode, with its own seed unless one is given."""
+        if seed is None:
+            seed = episode_seed(self.seed, self.env_index, self.episode)
+        self.episode += 1
+        return self.env.reset(seed=seed, options=options)
+
+
+def crossings(before: int, after: int, every: int) -> int:
+    """How many multiples of `every` lie in (before, after].
+
+    Example:
+        >>> [crossings(step - 3, step, 5) for step in (3, 6, 9, 12, 15)]
+        [0, 1, 0, 1, 1]
+    """
+    return after // every - before // every
+
+
+class Training:
+    """A run of one algorithm on one environment, for several seeds at once.
+
+    A seed's run is the same, to the bit on CPU, whichever seeds run beside it. Everything that
+    changes from step to step is an attribute.
+
+    Args:
+        algo: A name of `agents.presets.ALGORITHMS`.
+        agent_config: That algorithm's config.
+        config: The run's.
+        seeds: One training seed per member, each 0 or more and none twice.
+        logs: One per seed, or none.
+        envs: A vector environment to use in place of those made here, for one seed; it holds
+            `n_envs` environments and resets in either of Gymnasium's two ways.
+
+    Attributes:
+        step: Environment steps taken, per seed.
+        updates: Gradient steps taken.
+        recorders: Called after every gradient step; averages of the policy's weights go here.
+        schemes: Name -> function that returns policy weights; each is evaluated. "last" is there.
+        stopping: Set it to end `run` after the step under way.
+
+    Raises:
+        ValueError: The environment, its spaces or a number is not one that can be trained on.
+    """
+
+    def __init__(
+        self,
+        algo: str,
+        agent_config: Any,
+        config: TrainConfig,
+        seeds: Sequence[int] = (1,),
+        logs: Sequence[Log] = (),
+        envs: VectorEnv[Any, Any, Any] | None = None,
+    ) -> None:
+        check(config)
+        check(agent_config)
+        self.config = config
+        self.seeds = tuple(seeds)
+        self.logs = tuple(logs)
+        _check_seeds(self.seeds, self.logs, envs is not None)
+        if agent_config.buffer_size < config.n_envs:
+            raise ValueError(
+                f"buffer_size must be at least n_envs = {config.n_envs}, "
+                f"got {agent_config.buffer_size}"
+            )
+        self.device = torch.device(config.device)
+        self.envs = _vector_env(config, self.seeds) if envs is None else envs
+        self.autoreset = self.envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        self.interface = interface(
+            self.envs.single_observation_space, self.envs.single_action_space, algo
+        )
+        _check_vector_env(self.envs, self.autoreset, len(self.seeds) * config.n_envs)
+
+        obs_dim, action_dim = self.interface.obs_dim, self.interface.action_dim
+        agent_class, _ = ALGORITHMS[algo]
+        self.agent: Agent = agent_class(
+            obs_dim, action_dim, agent_config, self.seeds, self.device, config.total_steps
+        )
+        self.replay = Replay(
+            capacity=max(config.n_envs, min(agent_config.buffer_size, config.total_steps)),
+            obs_dim=obs_dim,
+            action_dim=1 if self.interface.discrete else action_dim,
+            members=len(self.seeds),
+            device=self.device,
+        )
+        self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.optimizers]
+        self.sampling = generators(Purpose.REPLAY, self.seeds, self.device)
+
+        self.evaluator = Evaluator(config.env_id, self.interface, self.device)
+        self.eval_every = config.eval_every or max(1, config.total_steps // 20)
+        self.eval_seeds = np.stack(
+            [evaluation_seeds(config.env_id, seed, config.eval_episodes) for seed in self.seeds]
+        )
+        self.schemes: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+            "last": lambda: dict(self.agent.policy.named_parameters())
+        }
+        self.recorders: list[Callable[[], None]] = []
+        self.stopping = False
+
+        self.step = 0
+        self.updates = 0
+        self.losses: dict[str, Tensor] = {}
+        self.evaluations: dict[str, Evaluation] = {}  # the newest [S, E] of each scheme
+        self.evaluated_at = 0
+        self.logged_at = (0, time.perf_counter())  # step and time of the last reading
+
+        n = len(self.seeds) * config.n_envs
+        first = [episode_seed(s, i, 0) for s in self.seeds for i in range(config.n_envs)]
+        observed, _ = self.envs.reset(seed=first)  # type: ignore[arg-type]
+        self.obs = self._observations(observed)  # [S, n_envs, O]
+        self.ended = np.zeros(n, dtype=bool)
+        self.episode_return = np.zeros(n)
+        self.episode_length = np.zeros(n, dtype=np.int64)
+        self.latest_return = np.full(len(self.seeds), np.nan)
+
+    def run(self, on_step: Callable[[], None] = lambda: None) -> None:
+        """Train to the last step, calling `on_step` after each; evaluate at the end."""
+        while self.step < self.config.total_steps and not self.stopping:
+            self.advance()
+            on_step()
+        if not self.stopping and self.evaluated_at < self.step:
+            self.evaluate()
+
+    def advance(self) -> None:
+        """Step every environment once, and do what falls due between the old and the new step."""
+        before = self.step
+        self._interact()
+        for _ in range(self._updates_due(before, self.step)):
+            self._learn()
+        if self.logs and crossings(before, self.step, self.config.log_every):
+            self._log_diagnostics()
+        if crossings(before, self.step, self.eval_every):
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """Play the evaluation episodes with the policy of every scheme."""
+        states = {scheme: weights() for scheme, weights in self.schemes.items()}
+        self.evaluations = self.play(states, self.eval_seeds)
+        for scheme, (returns, lengths) in self.evaluations.items():
+            for member, log in enumerate(self.logs):
+                log.evaluation(self.step, scheme, returns[member], lengths[member])
+        self.evaluated_at = self.step
+
+    def play(
+        self, states: Mapping[str, Mapping[str, Tensor]], episodes: NDArray[Any]
+    ) -> dict[str, Evaluation]:
+        """Play the same episodes with several sets of policy weights, all in one batch.
+
+        Args:
+            states: Name -> policy weights [S, ...] by name.
+            episodes: Their seeds [S, E].
+
+        Returns:
+            Name -> returns and lengths [S, E].
+        """
+        policy = stack_members(self.agent.policy, list(states.values()))
+        result = self.evaluator.evaluate(policy, np.tile(episodes, (len(states), 1)))
+        shape = (len(states), *episodes.shape)
+        both = zip(result.returns.reshape(shape), result.lengths.reshape(shape), strict=True)
+        return {name: Evaluation(*each) for name, each in zip(states, both, strict=True)}
+
+    def close(self) -> None:
+        """Close every environment."""
+        self.envs.close()
+        self.evaluator.close()
+
+    @property
+    def total_updates(self) -> int:
+        """Gradient steps of the whole run."""
+        return self._updates_due(0, self.config.total_steps)
+
+    def _updates_due(self, before: int, after: int) -> int:
+        """Gradient steps that fall due in the environment steps (before, after]."""
+        c = self.agent.config
+        first, last = (max(step, c.learning_starts) for step in (before, after))
+        return crossings(first, last, c.train_every) * int(c.gradient_steps)
+
+    def _interact(self) -> None:
+        obs = self.obs
+        action = self.agent.explore(torch.from_numpy(obs).to(self.device), self.step).cpu().numpy()
+        observed, reward, terminated, truncated, info = self.envs.step(
+            self.interface.to_env(action.reshape(-1, *action.shape[2:]))
+        )
+        self.obs = next_obs = self._observations(observed)
+        ended = terminated | truncated
+        real: Any = slice(None)
+        if self.autoreset == AutoresetMode.NEXT_STEP:
+            real = ~self.ended  # the step after an end only resets: it is no transition at all
+        elif ended.any():
+            # `observed` already begins the next episode there; the transition ends in the old one
+            next_obs = next_obs.copy()
+            for i in np.flatnonzero(ended):
+                next_obs.reshape(len(ended), -1)[i] = info["final_obs"][i]
+
+        reward = reward.reshape(action.shape[:2])[:, real]  # [S, n]
+        terminated = terminated.reshape(action.shape[:2])[:, real]
+        self.replay.add(obs[:, real], action[:, real], reward, terminated, next_obs[:, real])
+        self.step += reward.shape[1]
+        self.episode_return[real] += reward.ravel()
+        self.episode_length[real] += 1
+        self.ended = ended
+        if ended.any():
+            self._finish_episodes()
+
+    def _finish_episodes(self) -> None:
+        for i in np.flatnonzero(self.ended):
+            member = i // self.config.n_envs
+            self.latest_return[member] = self.episode_return[i]
+            if self.logs:
+                values = {
+                    "charts/episodic_return": float(self.episode_return[i]),
+                    "charts/episodic_length": float(self.episode_length[i]),
+                }
+                self.logs[member].scalars(self.step, values)
+        self.episode_return[self.ended] = 0
+        self.episode_length[self.ended] = 0
+
+    def _learn(self) -> None:
+        if self.config.lr_decay == "linear":
+            for optimizer, rate in self.rates:
+                optimizer.param_groups[0]["lr"] = rate * (1 - self.updates / self.total_updates)
+        batch = self.replay.sample(self.agent.config.batch_size, self.sampling)
+        self.losses = self.agent.update(batch)
+        self.updates += 1
+        for record in self.recorders:
+            record()
+
+    def _log_diagnostics(self) -> None:
+        step, now = self.logged_at
+        charts = self.agent.charts(self.step)
+        charts["charts/SPS"] = (self.step - step) / (time.perf_counter() - now)
+        tensors = dict(self.losses)
+        for name, target in self.agent.targets.items():
+            lag = target.lag(members=True)  # twin critics are two members of a seed
+            tensors[f"target/lag/{name}"] = lag.view(len(self.seeds), -1).mean(1)
+        rows = torch.stack(list(tensors.values()), dim=1).tolist()  # [S, tags], one read-back
+        for log, row in zip(self.logs, rows, strict=True):
+            log.scalars(self.step, charts | dict(zip(tensors, row, strict=True)))
+        self.logged_at = (self.step, time.perf_counter())
+
+    def _observations(self, observed: NDArray[Any]) -> NDArray[np.float32]:
+        obs = np.asarray(observed, dtype=np.float32)
+        return obs.reshape(len(self.seeds), self.config.n_envs, -1)
+
+
+def _vector_env(config: TrainConfig, seeds: Sequence[int]) -> SyncVectorEnv:
+    def build(seed: int, env_index: int) -> Callable[[], gym.Env[Any, Any]]:
+        return lambda: EpisodeSeeds(make_env(config.env_id), seed, env_index)
+
+    return SyncVectorEnv(
+        [build(seed, i) for seed in seeds for i in range(config.n_envs)],
+        autoreset_mode=AutoresetMode.SAME_STEP,
+    )
+
+
+def _check_seeds(seeds: tuple[int, ...], logs: tuple[Log, ...], own_envs: bool) -> None:
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be one or more different integers from 0 up, got {seeds}")
+    if logs and len(logs) != len(seeds):
+        raise ValueError(f"there must be one log per seed, {len(seeds)}, got {len(logs)}")
+    if own_envs and len(seeds) > 1:
+        raise ValueError(f"a vector environment of your own trains one seed, got {len(seeds)}")
+
+
+def _check_vector_env(envs: VectorEnv[Any, Any, Any], mode: Any, expected: int) -> None:
+    if envs.num_envs != expected:
+        raise ValueError(f"the vector environment must hold {expected}, got {envs.num_envs}")
+    if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+        raise ValueError(f"the vector environment must reset by itself, got {mode}")

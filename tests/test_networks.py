@@ -1,0 +1,195 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+
+from agents.networks import (
+    Critic,
+    DeterministicActor,
+    GaussianActor,
+    Linear,
+    QNetwork,
+    mlp,
+    select_member,
+    stack_members,
+)
+from agents.seeding import Purpose, generators
+from polyak_rl import flatten_
+
+POLICIES = [QNetwork, DeterministicActor, GaussianActor]
+
+
+def gens(*seeds):
+    return generators(Purpose.INIT, seeds)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3, 7, 8, 9, 12, 64])
+@pytest.mark.parametrize("rows", [1, 2, 20])
+def test_a_linear_layer_is_each_members_own_affine_map(outputs, rows):
+    layer = Linear(5, outputs, gens(0, 1, 2))
+    x = torch.randn(3, rows, 5, generator=gens(9)[0])
+    oracle = torch.einsum("mbi,mio->mbo", x.double(), layer.weight.double()) + layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), oracle, rtol=1e-5, atol=1e-6)
+
+
+def test_initial_weights_follow_torchs_law_for_one_member_not_for_the_stack():
+    layer = Linear(100, 50, gens(*range(30)))
+    bound = 1 / math.sqrt(100)
+    for tensor in (layer.weight, layer.bias):
+        assert tensor.abs().max() <= bound
+        assert tensor.abs().max() > 0.99 * bound
+        assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_a_members_initial_weights_depend_on_its_seed_alone():
+    together, alone = mlp((3, 8, 2), gens(5, 6)), mlp((3, 8, 2), gens(6))
+    for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(ours[1:], theirs)
+        assert not torch.equal(ours[0], ours[1])
+
+
+@pytest.mark.parametrize("hidden", [(256, 256), (400, 300), (64, 64)])
+@pytest.mark.parametrize("rows", [1, 5, 64, 100])
+@pytest.mark.parametrize(("obs_dim", "action_dim"), [(3, 1), (4, 2), (17, 6)])
+def test_a_member_computes_the_same_bits_alone_and_beside_others(hidden, rows, obs_dim, action_dim):
+    obs = torch.randn(5, rows, obs_dim, generator=gens(9)[0])
+    for policy_class in (QNetwork, GaussianActor):
+        together = policy_class(obs_dim, action_dim, hidden, gens(*range(5)))
+        flatten_(together, members=5)
+        with torch.no_grad():
+            values = together.net(obs)
+        for seed in range(5):
+            alone = policy_class(obs_dim, action_dim, hidden, gens(seed))
+            flatten_(alone, members=1)
+            with torch.no_grad():
+                assert torch.equal(alone.net(obs[seed : seed + 1].clone())[0], values[seed])
+
+
+def test_the_greedy_action_is_the_largest_value():
+    net = QNetwork(3, 4, (8,), gens(0, 1))
+    obs = torch.randn(2, 6, 3, generator=gens(2)[0])
+    action = net.act(obs)
+    assert action.shape == (2, 6)
+    assert torch.equal(net(obs).gather(-1, action.unsqueeze(-1)).squeeze(-1), net(obs).amax(-1))
+
+
+def test_deterministic_actions_lie_between_the_bounds():
+    actor = DeterministicActor(3, 2, (8,), gens(0))
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.mul_(50)
+        action = actor.act(torch.randn(1, 100, 3, generator=gens(1)[0]))
+    assert action.shape == (1, 100, 2)
+    assert action.abs().max() <= 1
+    assert action.abs().max() > 0.99
+
+
+def test_the_gaussian_log_density_is_that_of_a_tanh_transformed_normal():
+    actor = GaussianActor(3, 2, (16,), gens(0, 1)).double()
+    generator = gens(4)[0]
+    obs = torch.randn(2, 50, 3, generator=generator, dtype=torch.float64)
+    noise = torch.randn(2, 50, 2, generator=generator, dtype=torch.float64)
+    action, log_prob = actor.sample(obs, noise)
+    mean, log_std = actor(obs)
+    normal = Independent(Normal(mean, log_std.exp()), 1)
+    law = TransformedDistribution(normal, [TanhTransform(cache_size=1)])
+    assert log_prob.shape == (2, 50)
+    torch.testing.assert_close(log_prob, law.log_prob(action), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(action, torch.tanh(mean + log_std.exp() * noise))
+
+
+def test_the_gaussian_log_density_is_finite_and_right_where_tanh_saturates():
+    actor = GaussianActor(1, 1, (), gens(0))
+    with torch.no_grad():
+        actor.net[0].weight.zero_()
+        actor.net[0].bias.copy_(torch.tensor([30.0, 0.0]))  # mean 30, log std 0
+    action, log_prob = actor.sample(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
+    # log N(0) - log(1 - tanh(30)^2), where 1 - tanh(u)^2 = 4 exp(-2u) to double precision
+    expected = -0.5 * math.log(2 * math.pi) - (math.log(4) - 60)
+    assert action.item() == 1.0
+    assert log_prob.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_std_is_clamped_to_the_documented_range():
+    actor = GaussianActor(1, 1, (), gens(0))
+    with torch.no_grad():
+        actor.net[0].weight.zero_()
+        for bias, clamped in ((100.0, 2.0), (-100.0, -20.0), (0.5, 0.5)):
+            actor.net[0].bias.copy_(torch.tensor([0.0, bias]))
+            assert actor(torch.zeros(1, 1, 1))[1].item() == clamped
+
+
+def test_sampled_actions_carry_a_gradient_to_mean_and_std():
+    actor = GaussianActor(2, 1, (4,), gens(0))
+    obs, noise = torch.ones(1, 3, 2), torch.ones(1, 3, 1)
+    action, _ = actor.sample(obs, noise)
+    (gradient,) = torch.autograd.grad(action.sum(), [actor.net[-1].bias])
+    assert (gradient != 0).all()
+
+
+def test_the_gaussian_policys_evaluation_action_is_tanh_of_the_mean():
+    actor = GaussianActor(2, 3, (4,), gens(0))
+    obs = torch.randn(1, 5, 2, generator=gens(1)[0])
+    assert torch.equal(actor.act(obs), torch.tanh(actor(obs)[0]))
+
+
+def test_a_seeds_twin_critics_are_neighbouring_members_with_weights_of_their_own():
+    twin = Critic(3, 2, (8,), gens(0, 1), n=2)
+    generator = gens(5)[0]
+    obs = torch.randn(2, 7, 3, generator=generator)
+    action = torch.randn(2, 7, 2, generator=generator)
+    q = twin(obs, action)
+    assert q.shape == (2, 2, 7)
+    x = torch.cat((obs, action), dim=-1)
+    for seed in range(2):
+        for i in range(2):
+            h = x[seed]
+            for layer in (twin.net[0], twin.net[2]):
+                member = seed * 2 + i
+                h = h @ layer.weight[member] + layer.bias[member]
+                h = h.relu() if layer is twin.net[0] else h
+            torch.testing.assert_close(q[seed, i], h.squeeze(-1))
+    assert not torch.allclose(q[:, 0], q[:, 1])
+
+
+@pytest.mark.parametrize("policy_class", POLICIES)
+def test_stacked_members_act_as_each_state_does(policy_class):
+    policies = [policy_class(3, 2, (8, 8), gens(k, k + 10)) for k in range(3)]
+    obs = torch.randn(2, 4, 3, generator=gens(20)[0])
+    states = [dict(policy.named_parameters()) for policy in policies]
+    before = policies[0].state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    stacked = stack_members(policies[0], states)
+    actions = stacked.act(obs.repeat(3, 1, 1))
+    for k, policy in enumerate(policies):
+        torch.testing.assert_close(actions[2 * k : 2 * k + 2], policy.act(obs))
+    assert not any(parameter.requires_grad for parameter in stacked.parameters())
+    for name, tensor in policies[0].state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert all(parameter.requires_grad for parameter in policies[0].parameters())
+
+
+def test_stacked_members_take_the_networks_precision():
+    policy = QNetwork(3, 2, (8,), gens(0))
+    state = {name: tensor.double() for name, tensor in policy.state_dict().items()}
+    stacked = stack_members(policy, [state])
+    assert {parameter.dtype for parameter in stacked.parameters()} == {torch.float32}
+
+
+def test_a_selected_member_loads_into_a_network_of_one_and_shares_no_memory():
+    together = QNetwork(3, 2, (8,), gens(0, 1, 2))
+    flatten_(together, members=3)
+    state = select_member(together.state_dict(), 1, seeds=3)
+    alone = QNetwork(3, 2, (8,), gens(9))
+    alone.load_state_dict(state)
+    obs = torch.randn(3, 4, 3, generator=gens(4)[0])
+    torch.testing.assert_close(alone(obs[1:2])[0], together(obs)[1])
+    state["net.0.weight"].zero_()
+    assert together.net[0].weight[1].abs().sum() > 0
+
+
+def test_a_selected_seed_of_twin_critics_has_both():
+    twins = Critic(3, 1, (4,), gens(0, 1, 2), n=2)
+    state = select_member(twins.state_dict(), 2, seeds=3)
+    assert torch.equal(state["net.0.weight"], twins.net[0].weight[4:6])
