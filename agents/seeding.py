@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     EVALUATION = 5
     PLACEBO = 6
     ORACLE = 7
+    POSTHOC = 8
 
 
 def generators(

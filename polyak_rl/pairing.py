@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from operator import le
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -220,7 +220,7 @@ def _tensors(role: str, network: Network) -> list[Tensor]:
             f"{role} must be a module, a mapping of name to tensor or a sequence of tensors, "
             f"got {type(network).__name__}"
         )
-    tensors: list[Tensor] = list(network)
+    tensors: list[Any] = [*network]
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{role}[{i}] must be a tensor, got {type(tensor).__name__}")

@@ -1,0 +1,104 @@
+"""Evaluate any average of a finished run, chosen afterwards.
+
+    python -m scripts.posthoc runs/RUN --rule tail:0.3 --rule ema:half_life=2000
+
+The run's timeline answers for every rule without training again. All policies play the same
+episodes, which are not those of the run's own evaluations. The spread is over the episodes of this
+one run: whether averaging helps is a question for several runs (`scripts.compare`).
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from agents.evaluation import Evaluator
+from agents.networks import stack_members
+from agents.seeding import Purpose, evaluation_seeds
+from agents.spaces import interface, make_env
+from polyak_rl import Timeline, parse_rule
+from scripts.enjoy import load_policy
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate averages of a finished run; rules count in gradient steps."""
+
+    run: tyro.conf.Positional[Path]
+    """the run's folder"""
+    rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """uniform, uniform:start=5000, tail:0.3, ema:half_life=2000, power:sigma_rel=0.1, ...; repeat it
+    for several"""
+    episodes: int = 100
+    """episodes for each"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = tyro.cli(Options, args=argv, prog="python -m scripts.posthoc", description=__doc__)
+    try:
+        if options.episodes < 2:
+            raise ValueError(f"episodes must be at least 2, got {options.episodes}")
+        returns = evaluate(options.run, options.rule or ("tail:0.5",), options.episodes)
+        path = options.run / "posthoc.csv"
+        with path.open("w", newline="") as file:
+            lines = csv.writer(file)
+            lines.writerow(("rule", "episode", "return"))
+            for rule, row in returns.items():
+                lines.writerows((rule, i, float(value)) for i, value in enumerate(row))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    Console().print(table(returns, options.run))
+    print(f"Written: {path}")
+    return 0
+
+
+def evaluate(run: Path, rules: Sequence[str], episodes: int) -> dict[str, NDArray[np.float64]]:
+    """The returns [episodes] of the last policy and of each rule's, on the same episodes.
+
+    Raises:
+        ValueError: The folder holds no finished run with a timeline, or a rule is wrong or too fine.
+    """
+    averages = {text: parse_rule(text) for text in rules}
+    policy, env_id, algo = load_policy(run)
+    if not (run / "timeline.pt").is_file():
+        raise ValueError(f"{run} has no timeline.pt: it was trained without one, or has not ended")
+    timeline = Timeline.load(run / "timeline.pt", policy, max_bytes=1 << 36)
+    states = {"last": dict(policy.named_parameters())}
+    states |= {text: timeline.average(rule) for text, rule in averages.items()}
+
+    env = make_env(env_id)
+    evaluator = Evaluator(env_id, interface(env.observation_space, env.action_space, algo))
+    seed = json.loads((run / "config.json").read_text())["seed"]
+    seeds = evaluation_seeds(env_id, seed, episodes, Purpose.POSTHOC)
+    members = stack_members(policy, list(states.values()))
+    result = evaluator.evaluate(members, np.tile(seeds, (len(states), 1)))
+    evaluator.close()
+    env.close()
+    return dict(zip(states, result.returns, strict=True))
+
+
+def table(returns: dict[str, NDArray[np.float64]], run: Path) -> Table:
+    """Means, and paired differences from the last iterate with their standard errors."""
+    shown = Table("policy", title=f"{run.name}: {len(returns['last'])} common episodes")
+    for heading in ("mean return", "worst", "difference from last", "standard error"):
+        shown.add_column(heading, justify="right")
+    for rule, row in returns.items():
+        gap = row - returns["last"]
+        error = gap.std(ddof=1) / np.sqrt(len(gap))
+        paired = ("", "") if rule == "last" else (f"{gap.mean():+.1f}", f"{error:.1f}")
+        shown.add_row(rule, f"{row.mean():.1f}", f"{row.min():.1f}", *paired)
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())
