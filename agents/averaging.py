@@ -35,6 +35,7 @@ class PolicyAverages:
             expected=max(1, training.total_updates),
             max_bytes=1 << 36,  # the machine's memory is the limit; the caller chose the capacity
         )
+        self.seeds = len(training.seeds)
         training.recorders += [self.bank.update, self.timeline.record]
 
     def last(self) -> dict[str, Tensor]:
@@ -49,16 +50,21 @@ class PolicyAverages:
             return self.bank.average(which)
         return self.timeline.average(which)
 
-    def distances(self, seeds: int) -> dict[str, Tensor]:
-        """Relative distance of each average in the bank to the last iterate, [seeds] each."""
+    def distances(self) -> dict[str, Tensor]:
+        """Relative distance of each average in the bank to the last iterate, [S] each."""
         last = self.last()
-        size = _squares(last, seeds)
+        size = self._squares(last)
         return {
             f"averaging/distance_to_last/{name}": (
-                _squares({n: x - last[n] for n, x in self.average(name).items()}, seeds) / size
+                self._squares({n: x - last[n] for n, x in self.average(name).items()}) / size
             ).sqrt()
             for name in self.bank.rules
         }
+
+    def _squares(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The squared L2 norm of each seed's weights [S]."""
+        norms = [x.double().view(self.seeds, -1).square().sum(1) for x in state.values()]
+        return torch.stack(norms).sum(0)
 
 
 def default_rules(total_updates: int) -> dict[str, Rule]:
@@ -70,8 +76,3 @@ def default_rules(total_updates: int) -> dict[str, Rule]:
         "uniform50": Uniform(start=total_updates // 2),
         "ema1": Ema(half_life=max(1.0, total_updates / 100)),
     }
-
-
-def _squares(state: Mapping[str, Tensor], seeds: int) -> Tensor:
-    """The squared L2 norm of each seed's weights [seeds]."""
-    return torch.stack([x.double().view(seeds, -1).square().sum(1) for x in state.values()]).sum(0)

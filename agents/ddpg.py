@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from agents.limits import check
 from agents.networks import Critic, DeterministicActor
+from agents.optimizers import Name, take_step, value_optimizer
 from agents.replay import Batch
 from agents.seeding import Purpose, generators
 from polyak_rl import TargetNetwork, flatten_
@@ -42,6 +43,8 @@ class DDPGConfig:
 
     learning_rate: float = 1e-3
     """Adam's step size, actor and critic"""
+    optimizer: Name = "adam"
+    """of the critic; polyak_sgd takes learning_rate as its largest step size"""
     batch_size: int = 256
     """transitions in a gradient step"""
     buffer_size: int = 1_000_000
@@ -93,10 +96,9 @@ class DDPG:
         self.critic = Critic(obs_dim, action_dim, config.hidden, init, n=1).to(device)
         self.actor_flat = flatten_(self.actor, members=len(seeds))
         self.critic_flat = flatten_(self.critic, members=len(seeds))
-        self.actor_optimizer, self.critic_optimizer = (
-            torch.optim.Adam(flat.parameters, lr=config.learning_rate, fused=True)
-            for flat in (self.actor_flat, self.critic_flat)
-        )
+        lr = config.learning_rate
+        self.actor_optimizer = torch.optim.Adam(self.actor_flat.parameters, lr=lr, fused=True)
+        self.critic_optimizer = value_optimizer(config.optimizer, self.critic_flat, lr)
         self.actor_target = TargetNetwork(self.actor, tau=config.tau)
         self.critic_target = TargetNetwork(self.critic, tau=config.tau)
 
@@ -135,8 +137,8 @@ class DDPG:
         q = self.critic(s, a).squeeze(1)
         critic_loss = F.mse_loss(q, y, reduction="none").mean(-1)  # [S]
         self.critic_flat.zero_grad()
-        critic_loss.sum().backward()
-        self.critic_optimizer.step()
+        critic_loss.sum().backward()  # type: ignore[no-untyped-call]
+        take_step(self.critic_optimizer, critic_loss.sum())
 
         # actor: the policy gradient, J = mean Q(s, mu(s)); the critic gets no gradient from it
         actor_loss = -self.critic(s, self.actor(s)).squeeze(1).mean(-1)  # [S]

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from agents.limits import check
 from agents.networks import QNetwork
+from agents.optimizers import Name, take_step, value_optimizer
 from agents.replay import Batch
 from agents.seeding import Purpose, generators
 from polyak_rl import TargetNetwork, flatten_
@@ -38,6 +39,8 @@ class DQNConfig:
 
     learning_rate: float = 1e-4
     """Adam's step size"""
+    optimizer: Name = "adam"
+    """of the Q network; polyak_sgd takes learning_rate as its largest step size"""
     batch_size: int = 32
     """transitions in a gradient step"""
     buffer_size: int = 1_000_000
@@ -98,7 +101,7 @@ class DQN:
         init = generators(Purpose.INIT, seeds)
         self.q = QNetwork(obs_dim, action_dim, config.hidden, init).to(device)
         self.flat = flatten_(self.q, members=len(seeds))
-        self.optimizer = torch.optim.Adam(self.flat.parameters, lr=config.learning_rate, fused=True)
+        self.optimizer = value_optimizer(config.optimizer, self.flat, config.learning_rate)
         self.q_target = TargetNetwork(self.q, tau=config.tau, every=config.target_update_every)
 
         self.policy: nn.Module = self.q
@@ -152,7 +155,7 @@ class DQN:
         self.flat.zero_grad()
         loss.sum().backward()  # type: ignore[no-untyped-call]
         self.flat.clip_grad_norm_(self.config.max_grad_norm)
-        self.optimizer.step()
+        take_step(self.optimizer, loss.sum())
 
         # every C gradient steps: theta^- <- theta
         self.q_target.update()

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyak_rl import flatten_
@@ -150,8 +149,9 @@ class GaussianActor(nn.Module):
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         r"""Actions tanh(mean + std noise), differentiable in the weights, and their log density.
 
-        log pi(a|s) = sum_i [ log N(u_i) - log(1 - tanh(u_i)^2) ], where the last term is computed
-        as 2 (log 2 - u - softplus(-2u)), which stays finite where 1 - tanh(u)^2 rounds to zero.
+        log pi(a|s) = sum_i [ log N(u_i) - log(1 - tanh(u_i)^2) ]. The last term is computed as
+        2 (log 2 - u - softplus(-2u)), finite where 1 - tanh(u)^2 rounds to zero; being even in u it
+        is written for |u| with log1p, whose bits do not depend on the shape as softplus's do.
 
         Args:
             obs: Observations [S, B, O].
@@ -163,7 +163,8 @@ class GaussianActor(nn.Module):
         mean, log_std = self(obs)
         u = mean + log_std.exp() * noise
         log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        size = u.abs()
+        log_slope = 2 * (math.log(2) - size - torch.log1p(torch.exp(-2 * size)))
         return torch.tanh(u), (log_normal - log_slope).sum(-1)
 
 
@@ -222,6 +223,6 @@ def select_member(state: Mapping[str, Tensor], index: int, seeds: int) -> dict[s
         seeds: How many seeds the state holds.
     """
     return {
-        name: tensor.detach().unflatten(0, (seeds, -1))[index].clone()
+        name: tensor.detach().view(seeds, -1, *tensor.shape[1:])[index].clone()
         for name, tensor in state.items()
     }

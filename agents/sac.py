@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from agents.limits import check
 from agents.networks import Critic, GaussianActor
+from agents.optimizers import Name, take_step, value_optimizer
 from agents.replay import Batch
 from agents.seeding import Purpose, generators
 from polyak_rl import TargetNetwork, flatten_
@@ -41,6 +42,8 @@ class SACConfig:
 
     learning_rate: float = 3e-4
     """Adam's step size: actor, critics and temperature"""
+    optimizer: Name = "adam"
+    """of the critics; polyak_sgd takes learning_rate as its largest step size"""
     batch_size: int = 256
     """transitions in a gradient step"""
     buffer_size: int = 1_000_000
@@ -108,9 +111,12 @@ class SAC:
         self.actor_flat = flatten_(self.actor, members=len(seeds))
         self.critic_flat = flatten_(self.critic, members=2 * len(seeds))
         self.temperature_flat = flatten_(self.temperature, members=len(seeds))
-        self.actor_optimizer, self.critic_optimizer, self.temperature_optimizer = (
+        self.actor_optimizer, self.temperature_optimizer = (
             torch.optim.Adam(flat.parameters, lr=config.learning_rate, fused=True)
-            for flat in (self.actor_flat, self.critic_flat, self.temperature_flat)
+            for flat in (self.actor_flat, self.temperature_flat)
+        )
+        self.critic_optimizer = value_optimizer(
+            config.optimizer, self.critic_flat, config.learning_rate
         )
         self.critic_target = TargetNetwork(self.critic, tau=config.tau)
 
@@ -152,7 +158,7 @@ class SAC:
         entropy_gap = (log_pi.detach() + self.target_entropy).mean(-1, keepdim=True)  # [S, 1]
         alpha_loss = -(log_alpha * entropy_gap).squeeze(-1)  # [S]
         self.temperature_flat.zero_grad()
-        alpha_loss.sum().backward()
+        alpha_loss.sum().backward()  # type: ignore[no-untyped-call]
         self.temperature_optimizer.step()
 
         # y = r + gamma (min_i Qbar_i(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s'),
@@ -167,7 +173,7 @@ class SAC:
         critic_loss = 0.5 * (q - y.unsqueeze(1)).square().mean(-1).sum(-1)  # [S]
         self.critic_flat.zero_grad()
         critic_loss.sum().backward()
-        self.critic_optimizer.step()
+        take_step(self.critic_optimizer, critic_loss.sum())
 
         # actor: J(phi) = mean alpha log pi(a_pi|s) - min_i Q_i(s, a_pi); no gradient to the critics
         q_pi = self.critic(s, a_pi).amin(1)  # [S, B]

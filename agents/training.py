@@ -129,6 +129,7 @@ class Training:
         updates: Gradient steps taken.
         recorders: Called after every gradient step; averages of the policy's weights go here.
         schemes: Name -> function that returns policy weights; each is evaluated. "last" is there.
+        diagnostics: Functions that return tags with a value [S] each, called for a log line.
         stopping: Set it to end `run` after the step under way.
 
     Raises:
@@ -150,6 +151,8 @@ class Training:
         self.seeds = tuple(seeds)
         self.logs = tuple(logs)
         _check_seeds(self.seeds, self.logs, envs is not None)
+        if agent_config.optimizer == "polyak_sgd" and len(self.seeds) > 1:
+            raise ValueError("polyak_sgd trains one seed: several would share one step size")
         if agent_config.buffer_size < config.n_envs:
             raise ValueError(
                 f"buffer_size must be at least n_envs = {config.n_envs}, "
@@ -187,6 +190,7 @@ class Training:
             "last": lambda: dict(self.agent.policy.named_parameters())
         }
         self.recorders: list[Callable[[], None]] = []
+        self.diagnostics: list[Callable[[], Mapping[str, Tensor]]] = []
         self.stopping = False
 
         self.step = 0
@@ -325,6 +329,8 @@ class Training:
         for name, target in self.agent.targets.items():
             lag = target.lag(members=True)  # twin critics are two members of a seed
             tensors[f"target/lag/{name}"] = lag.view(len(self.seeds), -1).mean(1)
+        for diagnose in self.diagnostics:
+            tensors |= {tag: x.float() for tag, x in diagnose().items()}
         rows = torch.stack(list(tensors.values()), dim=1).tolist()  # [S, tags], one read-back
         for log, row in zip(self.logs, rows, strict=True):
             log.scalars(self.step, charts | dict(zip(tensors, row, strict=True)))

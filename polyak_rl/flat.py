@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -230,6 +231,9 @@ def flatten_(module: nn.Module, *, members: int | None = None) -> Flat:
     module = unwrap(module)
     if members is not None and members < 1:
         raise ValueError(f"members must be at least 1, got {members}")
+    if members is not None:
+        # What several members have in their rows is not dense, and backward() would remark on it.
+        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
     groups = _grouped(module, members)
     known = flat_of(module)
     if known is None or known.members != members or _names(known.layout) != _names(groups):

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
-from operator import le
+from operator import itemgetter, le
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -41,6 +41,7 @@ _WRAPPERS = (
     ),
     ("torch.optim.swa_utils", "AveragedModel", "module"),
 )
+_START, _END = itemgetter(0), itemgetter(1)
 _PRIVATE_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -327,37 +328,31 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 def _check_pair(pair: Pair) -> None:
     name, target, online, _ = pair
-    if any(map(_has_no_values, (target, online))):
-        role, tensor = ("target", target) if _has_no_values(target) else ("online", online)
-        if is_lazy(tensor):
-            raise ValueError(
-                f"{role} {name!r} is not initialised yet: run one batch through the network first"
-            )
-        if tensor.is_meta:
-            raise ValueError(f"{role} {name!r} is on the meta device and has no values")
-        raise ValueError(f"{role} {name!r} must be dense, got layout {tensor.layout}")
+    if is_lazy(target) or is_lazy(online):
+        raise ValueError(f"{name!r} is not initialised yet: run one batch through both networks")
     if target.shape != online.shape:
         raise ValueError(
             f"{name!r} must have one shape, got {tuple(target.shape)} in target and "
             f"{tuple(online.shape)} in online"
         )
+    device = target.device
+    if device != online.device:
+        raise ValueError(
+            f"{name!r} must be on one device, got {device} in target and {online.device} in online"
+        )
+    if device.type == "meta":
+        raise ValueError(f"{name!r} is on the meta device and has no values")
+    if target.layout is not torch.strided or online.layout is not torch.strided:
+        raise ValueError(
+            f"{name!r} must be dense, got {target.layout} in target and {online.layout} in online"
+        )
     if _is_sharded(target) != _is_sharded(online):
         raise ValueError(f"{name!r} must be sharded in both networks or in neither")
-    if target.device != online.device:
-        raise ValueError(
-            f"{name!r} must be on one device, got {target.device} in target and {online.device} "
-            "in online"
-        )
     if target.dtype is not online.dtype and _kind(target) != _kind(online):
         raise ValueError(
             f"{name!r} must hold one kind of number, got {target.dtype} in target and "
             f"{online.dtype} in online"
         )
-
-
-def _has_no_values(tensor: Tensor) -> bool:
-    """True where the values are not there, or not one by one in memory."""
-    return is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided
 
 
 def _kind(tensor: Tensor) -> object:
@@ -422,11 +417,13 @@ def find_overlap(
 
     Tensors that are only read may share memory with each other.
     """
+    written, read = list(written), list(read)
+    ranges = [block for _, tensor in (*written, *read) for block in _blocks(tensor)]
+    ranges.sort()
+    if all(map(le, map(_END, ranges), map(_START, ranges[1:]))):
+        return None  # as nearly always: each block ends before the next one starts
     blocks = [(*block, True, name) for name, tensor in written for block in _blocks(tensor)]
     blocks += [(*block, False, name) for name, tensor in read for block in _blocks(tensor)]
-    starts, ends = (sorted(block[i] for block in blocks) for i in (0, 1))
-    if all(map(le, ends, starts[1:])):
-        return None  # as nearly always: each block ends before the next one starts
     blocks.sort()
     written_end, read_end = -1, -1  # the last byte that either reaches so far, and whose it is
     writer = reader = ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -62,6 +62,9 @@ def soft_update(
             copied). Integers are never averaged, but copied. Plain mappings do not say which
             tensors are buffers: floating ones are averaged, others copied.
 
+    Under ``torch.compile`` give modules, and one ``tau`` and policy instead of patterns
+    (:class:`TargetNetwork` takes those there too).
+
     Raises:
         ValueError: tau is outside [0, 1]; names, shapes or devices differ; nothing matches; memory
             is shared; the arguments look swapped; or the target has 16 bits or less, and rounding
@@ -84,9 +87,11 @@ def soft_update(
     """
     if not (isinstance(target, nn.Module) and isinstance(online, nn.Module)):
         with torch.no_grad():
-            _Plan(match(target, online), tau, buffers).apply()
+            pairs = match(target, online)
+            _Plan(pairs, tau, _rules(pairs, tau, buffers)).apply()
     elif torch.compiler.is_compiling():
-        _Plan(_detached(_traced_pairs(target, online)), tau, buffers).apply()
+        pairs = _traced_pairs(target, online)
+        _Plan(pairs, tau, _rules(pairs, tau, buffers)).apply()
     else:
         _planned(target, online, tau, buffers).apply()
 
@@ -247,8 +252,9 @@ class TargetNetwork(nn.Module):
         onlines = {entry.name: entry.tensor for entry in walk(online)}
         self._dtypes = {name: tensor.dtype for name, tensor in onlines.items()}
         self._shared = {e.name for e in walk(target) if e.tensor is onlines.get(e.name)}
+        self._excluded = {e.name for e in walk(target) if matches_any(e.name, self._exclude)}
         for entry in walk(target):
-            if not entry.is_buffer and not matches_any(entry.name, self._exclude):
+            if not entry.is_buffer and entry.name not in self._excluded:
                 entry.tensor.requires_grad_(False)
         flatten_like_(target, online)
         self.module = target.eval()
@@ -372,8 +378,8 @@ class TargetNetwork(nn.Module):
     def _current_plan(self) -> _Plan:
         if torch.compiler.is_compiling():
             # What is traced reads the modules anew: a plan would keep tensors that are gone later.
-            pairs = _traced_pairs(self.module, self.online, self._exclude)
-            return _Plan(_detached(pairs), self._tau, self._policy, self._plan.masters)
+            pairs = _traced_pairs(self.module, self.online, self._excluded)
+            return _Plan(pairs, self._tau, self._plan.rules, self._plan.masters)
         if not self._plan.intact():
             self._follow()
             self._plan = self._plan_updates(self._tau, self._plan.masters)
@@ -399,7 +405,8 @@ class TargetNetwork(nn.Module):
 
     def _plan_updates(self, tau: Tau, masters: Mapping[str, Tensor] | None = None) -> _Plan:
         pairs = _detached(match(self.module, self.online, self._exclude))
-        return _Plan(pairs, tau, self._policy, masters or {}, (self.module, self.online))
+        rules = _rules(pairs, tau, self._policy)
+        return _Plan(pairs, tau, rules, masters or {}, (self.module, self.online))
 
 
 class _Plan:
@@ -413,23 +420,27 @@ class _Plan:
         self,
         pairs: list[Pair],
         tau: Tau,
-        buffers: Buffers,
+        rules: Mapping[str, tuple[Policy, float | None]],
         masters: Mapping[str, Tensor] | None = None,
         modules: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         self.pairs = pairs
-        policies = choose_policies([(p.name, p.target, p.is_buffer) for p in pairs], buffers)
-        moving = [pair for pair in pairs if policies[pair.name] == "average"]
-        copied = [pair for pair in pairs if policies[pair.name] == "copy"]
+        self.rules = rules
+        moving, copied = [], []
+        for pair in pairs:
+            policy, _ = rules[pair.name]
+            if policy == "average":
+                moving.append(pair)
+            elif policy == "copy":
+                copied.append(pair)
         self._copied = ([pair.target for pair in copied], [pair.online for pair in copied])
-        taus: Mapping[str, float] = {}
-        if isinstance(tau, Mapping):
-            taus = _by_pattern("tau", tau, [pair.name for pair in moving])
-        elif modules is not None and (masters is None or not any(map(_is_coarse, moving))):
+        has_masters = masters is not None and any(map(_is_coarse, moving))
+        if modules is not None and not isinstance(tau, Mapping) and not has_masters:
             moving = coalesce(moving, *modules)
         kinds: dict[Any, list[Pair]] = {}
         for pair in moving:
-            kind = (pair.target.dtype, pair.online.dtype, pair.target.device, taus.get(pair.name))
+            own_tau = rules[pair.name][1] if pair.name in rules else None
+            kind = (pair.target.dtype, pair.online.dtype, pair.target.device, own_tau)
             kinds.setdefault(kind, []).append(pair)
         self._groups = [_Group(group, kind[-1], masters) for kind, group in kinds.items()]
         self._watch = Watch(*modules or ())
@@ -571,7 +582,7 @@ def _planned(target: nn.Module, online: nn.Module, tau: Tau, buffers: Buffers) -
                 plan.set_tau(_check_tau(tau))
             return plan
     pairs = _detached(match(target, online))
-    plan = _Plan(pairs, tau, buffers, modules=(target, online))
+    plan = _Plan(pairs, tau, _rules(pairs, tau, buffers), modules=(target, online))
     _plans[target] = (ref(online), options, plan)
     return plan
 
@@ -586,7 +597,7 @@ def _frozen(option: object) -> object:
 
 
 def _traced_pairs(
-    target: nn.Module, online: nn.Module, exclude: tuple[str, ...] = ()
+    target: nn.Module, online: nn.Module, excluded: Collection[str] = ()
 ) -> list[Pair]:
     """Pairs by name while torch.compile traces: memory cannot be looked at there."""
     targets = {entry.name: entry for entry in walk(target)}
@@ -597,14 +608,14 @@ def _traced_pairs(
         )
     pairs: dict[int, Pair] = {}
     for name, (_, tensor, is_buffer, *_) in targets.items():
-        if matches_any(name, exclude):
+        if name in excluded:
             continue
         if tensor.shape != onlines[name].shape:
             raise ValueError(f"{name!r} must have one shape in target and online")
         if tensor is onlines[name]:
             raise ValueError(f"target {name!r} is the tensor of online: clone it")
         pairs.setdefault(id(tensor), Pair(name, tensor, onlines[name], is_buffer))
-    return list(pairs.values())
+    return _detached(list(pairs.values()))
 
 
 def _check_tau(tau: Tau) -> Tau:
@@ -643,6 +654,16 @@ def choose_policies(
         number = tensor.is_floating_point() or tensor.is_complex()
         policies[name] = policy if number or policy != "average" else "copy"
     return policies
+
+
+def _rules(pairs: list[Pair], tau: Tau, buffers: Buffers) -> dict[str, tuple[Policy, float | None]]:
+    """What the patterns say of each tensor: its policy, and its own tau if there are patterns."""
+    policies = choose_policies([(p.name, p.target, p.is_buffer) for p in pairs], buffers)
+    taus: Mapping[str, float] = {}
+    if isinstance(tau, Mapping):
+        moving = [pair.name for pair in pairs if policies[pair.name] == "average"]
+        taus = _by_pattern("tau", tau, moving)
+    return {name: (policy, taus.get(name)) for name, policy in policies.items()}
 
 
 _T = TypeVar("_T")

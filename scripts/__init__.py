@@ -1,0 +1,1 @@
+"""Command lines: training, watching, and the experiment."""

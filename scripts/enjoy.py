@@ -1,7 +1,6 @@
 """Watch, record or score a trained policy: python -m scripts.enjoy runs/<run>."""
 
 import json
-import pickle
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,31 +84,40 @@ def load_policy(run: Path) -> tuple[nn.Module, str, str]:
         )
         weights = torch.load(run / "policy.pt", weights_only=True, map_location="cpu")
         agent.policy.load_state_dict(weights)
-    except (KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged files raise anything
         raise ValueError(f"the run in {run} cannot be read: {error}") from error
     return agent.policy, env_id, record["algo"]
 
 
 def open_env(env_id: str, video_folder: Path | None, *, render: bool = False) -> gym.Env[Any, Any]:
-    """The environment, in a window or recorded to a folder if asked for.
+    """The environment, recorded to a folder or shown in a window if asked for.
 
     Raises:
         ValueError: It cannot be drawn here.
     """
-    if not (render or video_folder):
-        return make_env(env_id)
-    mode = "human" if render and not video_folder else "rgb_array"
+    if video_folder:
+        return RecordVideo(
+            drawn_env(env_id, "rgb_array"),
+            str(video_folder),
+            episode_trigger=lambda episode: True,
+            disable_logger=True,
+        )
+    return drawn_env(env_id, "human") if render else make_env(env_id)
+
+
+def drawn_env(env_id: str, mode: str) -> gym.Env[Any, Any]:
+    """The environment in a render mode that has been seen to work.
+
+    Raises:
+        ValueError: It cannot be drawn here.
+    """
     try:
         env = make_env(env_id, render_mode=mode)
         env.reset(seed=0)
         env.render()  # fails now rather than after training
     except Exception as error:  # whatever the graphics stack raises
         raise ValueError(f"cannot draw {env_id} as {mode} on this machine: {error}") from error
-    if video_folder is None:
-        return env
-    return RecordVideo(
-        env, str(video_folder), episode_trigger=lambda episode: True, disable_logger=True
-    )
+    return env
 
 
 @torch.inference_mode()

@@ -35,8 +35,7 @@ class Options:
     run: tyro.conf.Positional[Path]
     """the run's folder"""
     rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """uniform, uniform:start=5000, tail:0.3, ema:half_life=2000, power:sigma_rel=0.1, ...; repeat it
-    for several"""
+    """uniform, uniform:start=5000, tail:0.3, ema:half_life=2000, ...; repeat it for several"""
     episodes: int = 100
     """episodes for each"""
 
@@ -66,7 +65,7 @@ def evaluate(run: Path, rules: Sequence[str], episodes: int) -> dict[str, NDArra
     """The returns [episodes] of the last policy and of each rule's, on the same episodes.
 
     Raises:
-        ValueError: The folder holds no finished run with a timeline, or a rule is wrong or too fine.
+        ValueError: No finished run with a timeline is there, or a rule is wrong or too fine.
     """
     averages = {text: parse_rule(text) for text in rules}
     policy, env_id, algo = load_policy(run)

@@ -10,6 +10,7 @@ The defaults are the preset of the algorithm for the environment (agents/presets
 import argparse
 import contextlib
 import dataclasses
+import functools
 import shutil
 import signal
 import sys
@@ -25,13 +26,14 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import OmitArgPrefixes, subcommand
 
+from agents.averaging import PolicyAverages, default_rules
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.networks import select_member
 from agents.presets import ALGORITHMS, preset
 from agents.sac import SACConfig
 from agents.training import TrainConfig, Training
-from scripts.enjoy import open_env, play
+from scripts.enjoy import drawn_env, open_env, play
 from scripts.run_folder import RunFolder, new_run_folder
 
 DEFAULT_ENV = {"dqn": "CartPole-v1", "ddpg": "Pendulum-v1", "sac": "Pendulum-v1"}
@@ -51,6 +53,10 @@ class Options(Generic[AgentConfig]):
     """threads inside one operation of torch; more are slower on networks of this size"""
     runs_dir: Path = Path("runs")
     """folder in which the run's folder is made"""
+    averages: bool = True
+    """keep averages of the policy beside it, and the timeline for scripts.posthoc"""
+    segments: int = 256
+    """segments of the timeline; each takes the memory of the policy's weights in float64"""
     video: bool = False
     """record an episode of the final policy"""
 
@@ -61,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         algo, options = parse(argv)
         torch.set_num_threads(options.threads)
-        training, folder = set_up(algo, options)
+        training, averages, folder = set_up(algo, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -72,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             train_with_progress(algo, training)
         state = training.agent.policy.state_dict()
         folder.finish(select_member(state, 0, seeds=1))
+        if averages and averages.timeline.updates:
+            averages.timeline.save(folder.path / "timeline.pt", dtype=torch.float32)
         if options.video:
             env = open_env(options.run.env_id, folder.path / "videos")
             list(play(training.agent.policy.cpu(), env, algo, training.eval_seeds[0, :1].tolist()))
@@ -126,11 +134,17 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def set_up(algo: str, options: Options[Any]) -> tuple[Training, RunFolder]:
+def set_up(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | None, RunFolder]:
     """Build everything that can be refused; the run's folder is made last."""
     if options.video:
-        open_env(options.run.env_id, options.runs_dir / "videos").close()
+        drawn_env(options.run.env_id, "rgb_array").close()
     training = Training(algo, options.agent, options.run, seeds=(options.seed,))
+    averages = None
+    if options.averages:
+        averages = PolicyAverages(training, default_rules(training.total_updates), options.segments)
+        for name in averages.bank.rules:
+            training.schemes[name] = functools.partial(averages.average, name)
+        training.diagnostics.append(averages.distances)
     path = new_run_folder(options.runs_dir, options.run.env_id, algo, options.seed)
     try:
         folder = RunFolder(path, algo, options.seed, options.run, options.agent)
@@ -138,7 +152,7 @@ def set_up(algo: str, options: Options[Any]) -> tuple[Training, RunFolder]:
         shutil.rmtree(path, ignore_errors=True)
         raise
     training.logs = (folder,)
-    return training, folder
+    return training, averages, folder
 
 
 @contextlib.contextmanager
@@ -207,12 +221,19 @@ def summary(algo: str, seed: int, training: Training, folder: RunFolder, seconds
             f"  at step {last_step:,}: mean return {last.mean():.1f} "
             f"(episodes from {np.min(last):.1f} to {np.max(last):.1f})",
         ]
+        for name, result in training.evaluations.items():
+            if name != "last":
+                mean = result.returns[0].mean()
+                lines.append(
+                    f"  {name}, the average instead: {mean:.1f} ({mean - last.mean():+.1f})"
+                )
     else:
         lines.append("It was not evaluated.")
     lines += [
         f"Files: {folder.path}",
         f"Curves: tensorboard --logdir {folder.path.parent}",
         f"Play: python -m scripts.enjoy {folder.path}",
+        f"Other averages: python -m scripts.posthoc {folder.path} --rule tail:0.3",
     ]
     return "\n".join(lines)
 

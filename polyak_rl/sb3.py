@@ -1,0 +1,541 @@
+"""Stable-Baselines3: weight averaging for any of its algorithms, in three lines.
+
+.. code-block:: python
+
+    from polyak_rl.sb3 import PolyakAveragingCallback, save_averaged
+
+    model = SAC("MlpPolicy", "Pendulum-v1")
+    model.learn(10_000, callback=PolyakAveragingCallback())
+    save_averaged(model, "tail50", "sac_pendulum_averaged")     # SAC.load opens it
+
+What is averaged is the network that acts, after every step of its optimizer (a callback's
+``_on_step`` would see the weights of before): the actor of SAC, TD3 and DDPG, the Q network of DQN,
+and the whole policy of PPO and A2C, whose actor and critic may share layers and one optimizer.
+Training is the same, bit for bit, with averaging and without.
+
+``VecNormalize``: its statistics belong to the environment and are not averaged. An average is
+evaluated and saved with the statistics of that moment, as the last policy is, and
+:func:`save_averaged` writes them beside the zip.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import polyak_update as sb3_polyak_update
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from polyak_rl.average import AverageBank
+from polyak_rl.pairing import unwrap, walk
+from polyak_rl.rules import Ema, Rule, Tail, Uniform, describe_rule, rule_from
+from polyak_rl.target import soft_update
+from polyak_rl.timeline import Timeline
+
+_FORMAT = "polyak_rl.sb3/1"
+_EVALUATION = 0x5B3  # sets the seeds of evaluation apart from others made of the training seed
+
+RULES: Mapping[str, Rule] = {
+    "uniform": Uniform(),
+    "tail50": Tail(0.5),
+    "ema": Ema(half_life=1000),
+}
+"""The averages that are kept where no others are asked for."""
+
+
+def acting_network(model: BaseAlgorithm) -> tuple[nn.Module, Optimizer]:
+    """The network that acts and the optimizer that trains it.
+
+    Args:
+        model: any algorithm of Stable-Baselines3 or sb3-contrib that has an optimizer.
+
+    Raises:
+        ValueError: the policy has no optimizer.
+    """
+    policy = model.policy
+    # SAC, TD3, DDPG; DQN; QR-DQN. Elsewhere one optimizer trains one network.
+    named = (getattr(policy, name, None) for name in ("actor", "q_net", "quantile_net"))
+    acting = next((network for network in named if isinstance(network, nn.Module)), policy)
+    for owner in (acting, policy):
+        optimizer = getattr(owner, "optimizer", None)
+        if isinstance(optimizer, Optimizer):
+            return acting, optimizer
+    raise ValueError(
+        f"the policy of {type(model).__name__} has no optimizer, whose steps averages count"
+    )
+
+
+class PolicyAverages:
+    """The averages of one network: a bank of them, and a timeline for what is chosen afterwards.
+
+    Made by :class:`PolyakAveragingCallback`; :func:`averages_of` finds those of a model.
+
+    Args:
+        network: what is averaged; it is only read.
+        rules: the averages by name; a ``Tail`` is answered by the timeline.
+        timeline: record the course of the weights.
+        capacity: the segments of the timeline.
+        every: an iterate is taken at every N-th gradient step.
+
+    Attributes:
+        bank: the averages by the rules that have a recursion, or None where there are none.
+        timeline: the course of the weights, or None.
+        clock: gradient steps seen.
+
+    Raises:
+        ValueError: a ``Tail`` without timeline, no rules and no timeline, or what
+            :class:`polyak_rl.AverageBank` and :class:`polyak_rl.Timeline` refuse.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        rules: Mapping[str, Rule],
+        *,
+        timeline: bool = True,
+        capacity: int = 256,
+        every: int = 1,
+    ) -> None:
+        tails = [name for name, rule in rules.items() if isinstance(rule, Tail)]
+        if tails and not timeline:
+            raise ValueError(f"{tails[0]!r} is a Tail, which needs timeline=True")
+        if not rules and not timeline:
+            raise ValueError("nothing to average: give rules or timeline=True")
+        moving = {name: rule for name, rule in rules.items() if name not in tails}
+        self.network = network
+        self.rules = dict(rules)
+        self.every = every
+        self.clock = 0
+        self.bank = AverageBank(network, moving, every=every) if moving else None
+        self.timeline = Timeline(network, capacity=capacity, every=every) if timeline else None
+
+    def update(self, *_: object) -> None:
+        """Count one gradient step and take the weights in; an optimizer calls it as a hook."""
+        self.clock += 1
+        if self.bank is not None:
+            self.bank.update()
+        if self.timeline is not None:
+            self.timeline.record()
+
+    def applied(self, which: str | Rule) -> AbstractContextManager[nn.Module]:
+        """The network with an average in place of its weights, which come back bit for bit.
+
+        Until an iterate was taken, every average is the network as it is.
+
+        Args:
+            which: the name of an average, or any rule, which the timeline answers.
+
+        Raises:
+            ValueError: no such average, or a rule that the timeline is absent or too coarse for.
+        """
+        rule = self.rules.get(which) if isinstance(which, str) else which
+        if rule is None:
+            raise ValueError(
+                f"there is no average {which!r}; the averages are {', '.join(self.rules)}"
+            )
+        if self.clock < self.every:
+            return nullcontext(self.network)
+        if isinstance(which, str) and not isinstance(rule, Tail) and self.bank is not None:
+            return self.bank.applied(which)
+        if self.timeline is None:
+            raise ValueError(f"{rule} was not recorded: name it in rules, or use timeline=True")
+        return self.timeline.applied(rule)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything kept, as tensors and plain values."""
+        return {
+            "clock": self.clock,
+            "bank": self.bank.state_dict() if self.bank is not None else None,
+            "timeline": self.timeline.state_dict() if self.timeline is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; raises ValueError for another network."""
+        if self.bank is not None:
+            self.bank.load_state_dict(state["bank"])
+        if self.timeline is not None:
+            self.timeline.load_state_dict(state["timeline"])
+        self.clock = state["clock"]
+
+
+# Not an attribute of the model, which model.save() would pickle. Nothing in PolicyAverages refers
+# to the model, so that it can be collected.
+_averages: WeakKeyDictionary[BaseAlgorithm, PolicyAverages] = WeakKeyDictionary()
+
+
+def averages_of(model: BaseAlgorithm) -> PolicyAverages:
+    """The averages that the last :class:`PolyakAveragingCallback` keeps of a model.
+
+    Raises:
+        ValueError: the model was never trained with one.
+    """
+    if model not in _averages:
+        raise ValueError(
+            "the model has no averages: train it with "
+            "model.learn(..., callback=PolyakAveragingCallback())"
+        )
+    return _averages[model]
+
+
+class PolyakAveragingCallback(BaseCallback):
+    """Keeps averages of the policy's weights while a model learns.
+
+    .. math:: \\bar\\theta \\leftarrow \\bar\\theta + w\\,(\\theta - \\bar\\theta)
+       \\quad\\text{after each step of the optimizer of the network that acts}
+
+    The clock counts the steps of that optimizer: PPO's default is 320 of them a rollout, SAC's one
+    an update, TD3's one every second update. Another ``learn`` of the same model with the same
+    callback goes on where the last one ended.
+
+    Args:
+        rules: the averages by name; by default uniform over all iterates (``"uniform"``), uniform
+            over the last half of the run so far (``"tail50"``), and exponential with a half-life of
+            1000 gradient steps (``"ema"``).
+        timeline: record the whole course of the weights, which answers for ``Tail`` and for rules
+            chosen afterwards. It takes ``8 * capacity`` bytes a weight.
+        capacity: the segments of the timeline; lower it for large networks.
+        every: take an iterate at every N-th gradient step.
+
+    Attributes:
+        averages: the :class:`PolicyAverages`, from the start of ``learn`` on.
+
+    Raises:
+        ValueError: at the start of ``learn``: a model whose policy has no optimizer, rules that
+            cannot be kept, or another model than before.
+
+    References:
+        Polyak & Juditsky 1992, SIAM Journal on Control and Optimization 30(4); Nikishin et al.
+        2018, "Improving stability in deep reinforcement learning with weight averaging", UAI
+        workshop on uncertainty in deep learning.
+
+    Example:
+        >>> from stable_baselines3 import PPO
+        >>> from polyak_rl.sb3 import PolyakAveragingCallback
+        >>> averaging = PolyakAveragingCallback()
+        >>> model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=1, device="cpu")
+        >>> _ = model.learn(64, callback=averaging)
+        >>> averaging.averages.clock                 # one minibatch of 64
+        1
+        >>> observation = model.get_env().reset()
+        >>> with averaging.averages.applied("uniform"):
+        ...     action, _ = model.predict(observation)
+    """
+
+    averages: PolicyAverages
+
+    def __init__(
+        self,
+        rules: Mapping[str, Rule] = RULES,
+        *,
+        timeline: bool = True,
+        capacity: int = 256,
+        every: int = 1,
+    ) -> None:
+        super().__init__()
+        self.rules = dict(rules)
+        self._options: dict[str, Any] = {"timeline": timeline, "capacity": capacity, "every": every}
+        self._hook: RemovableHandle | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the averages to a file of tensors and plain values, beside ``model.save``.
+
+        The file is written beside its place, flushed and renamed: it is there whole or not at all.
+        """
+        content = {
+            "format": _FORMAT,
+            "rules": {name: describe_rule(rule) for name, rule in self.rules.items()},
+            "options": self._options,
+            "averages": self.averages.state_dict(),
+        }
+        partial = Path(f"{os.fspath(path)}.partial")
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: BaseAlgorithm) -> PolyakAveragingCallback:
+        """Read averages that :meth:`save` wrote, to go on with them as ``model`` learns.
+
+        Args:
+            path: the file. It is read as data; a pickle that would run code is refused.
+            model: the model that they are of, as ``SAC.load`` and its like return it.
+
+        Raises:
+            ValueError: the file holds no averages, or those of another network.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+            raise ValueError(f"{os.fspath(path)} holds no averages: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"{os.fspath(path)} holds no averages of format {_FORMAT!r}")
+        rules = {name: rule_from(rule) for name, rule in content["rules"].items()}
+        callback = cls(rules, **content["options"])
+        callback._observe(model)
+        callback.averages.load_state_dict(content["averages"])
+        return callback
+
+    def _init_callback(self) -> None:
+        self._observe(self.model)
+
+    def _on_training_start(self) -> None:
+        self._unhook()  # a learn() that was interrupted has left it
+        _, optimizer = acting_network(self.model)
+        self._hook = optimizer.register_step_post_hook(self.averages.update)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self._unhook()
+
+    def _observe(self, model: BaseAlgorithm) -> None:
+        network, _ = acting_network(model)
+        if not hasattr(self, "averages"):
+            self.averages = PolicyAverages(network, self.rules, **self._options)
+        elif self.averages.network is not network:
+            raise ValueError(
+                "this callback keeps the averages of another model: make a new "
+                "PolyakAveragingCallback, or read saved averages with its load()"
+            )
+        _averages[model] = self.averages
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+class AveragedEvalCallback(EvalCallback):
+    """SB3's ``EvalCallback`` for the last policy and for every average, on common seeds.
+
+    The last policy is evaluated, logged (``eval/mean_reward``) and saved as ``EvalCallback`` does
+    it. For each average there are ``eval/<average>/mean_reward`` and ``mean_ep_length`` beside it,
+    and ``<log_path>/<average>/evaluations.npz`` of the same format.
+
+    Each evaluation seeds ``eval_env`` anew and alike, so that policies are compared episode by
+    episode. In environments that draw random numbers between their resets this holds for the first
+    episode of each sub-environment: give those as many sub-environments as episodes. Training's
+    random numbers are not touched, also where ``deterministic=False``. ``VecNormalize``
+    statistics are those of training at that moment, for all policies.
+
+    Args:
+        eval_env: another environment than the one trained on, wrapped as that one is.
+        seed: of the evaluation episodes; by default it is made from the model's own seed, so
+            that each run has episodes of its own.
+        options: those of ``EvalCallback``.
+
+    Raises:
+        ValueError: at the start of ``learn`` without a :class:`PolyakAveragingCallback`.
+
+    Example:
+        >>> from stable_baselines3 import PPO
+        >>> from stable_baselines3.common.env_util import make_vec_env
+        >>> from polyak_rl.sb3 import AveragedEvalCallback, PolyakAveragingCallback
+        >>> evaluation = AveragedEvalCallback(
+        ...     make_vec_env("CartPole-v1"), eval_freq=64, n_eval_episodes=2, verbose=0
+        ... )
+        >>> model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=1, device="cpu")
+        >>> _ = model.learn(64, callback=[PolyakAveragingCallback(), evaluation])
+        >>> sorted(evaluation.averaged)
+        ['ema', 'tail50', 'uniform']
+    """
+
+    def __init__(
+        self, eval_env: gym.Env[Any, Any] | VecEnv, *, seed: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(eval_env, **options)
+        self.seed = seed
+        self.averaged: dict[str, dict[str, list[Any]]] = {}  # what evaluations.npz holds, by name
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        averages_of(self.model)  # an error now rather than at the first evaluation
+        if self.seed is None:
+            entropy = None if self.model.seed is None else (_EVALUATION, self.model.seed)
+            self.seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _on_step(self) -> bool:
+        if self.eval_freq <= 0 or self.n_calls % self.eval_freq:
+            return True
+        for name in averages_of(self.model).rules:  # first, since EvalCallback dumps the log
+            self._evaluate(name)
+        with self._common_start():
+            return super()._on_step()
+
+    def _evaluate(self, name: str) -> None:
+        self._is_success_buffer = []
+        with self._common_start(), averages_of(self.model).applied(name):
+            rewards, lengths = evaluate_policy(
+                self.model,
+                self.eval_env,
+                n_eval_episodes=self.n_eval_episodes,
+                deterministic=self.deterministic,
+                render=self.render,
+                callback=self._log_success_callback,
+                return_episode_rewards=True,
+                warn=self.warn,
+            )
+        results: dict[str, Any] = {
+            "timesteps": self.num_timesteps,
+            "results": rewards,
+            "ep_lengths": lengths,
+        }
+        self.logger.record(f"eval/{name}/mean_reward", float(np.mean(rewards)))
+        self.logger.record(f"eval/{name}/mean_ep_length", float(np.mean(lengths)))
+        if self._is_success_buffer:
+            results["successes"] = self._is_success_buffer
+            self.logger.record(f"eval/{name}/success_rate", float(np.mean(results["successes"])))
+        kept = self.averaged.setdefault(name, {})
+        for key, value in results.items():
+            kept.setdefault(key, []).append(value)
+        if self.log_path is not None:
+            folder = Path(self.log_path).parent / name
+            folder.mkdir(exist_ok=True)
+            np.savez(folder / "evaluations.npz", **kept)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _common_start(self) -> Iterator[None]:
+        """Evaluation starts alike for every policy, and training goes on as if it had not been."""
+        assert self.seed is not None
+        if self.model.get_vec_normalize_env() is not None:
+            sync_envs_normalization(self.training_env, self.eval_env)
+        self.eval_env.seed(self.seed)
+        actions = self.model.action_space.np_random.bit_generator  # DQN explores with it
+        kept = random.getstate(), np.random.get_state(), actions.state  # noqa: NPY002
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            random.seed(self.seed)
+            np.random.seed(self.seed)  # noqa: NPY002
+            torch.manual_seed(self.seed)
+            actions.state = np.random.PCG64(self.seed).state
+            try:
+                yield
+            finally:
+                random.setstate(kept[0])
+                np.random.set_state(kept[1])  # noqa: NPY002
+                actions.state = kept[2]
+
+
+def save_averaged(model: BaseAlgorithm, which: str | Rule, path: str | os.PathLike[str]) -> None:
+    """Write a model with averaged weights as an ordinary SB3 zip, which ``SAC.load`` opens.
+
+    Only the network that acts is averaged: critics, target networks and the state of the optimizers
+    are those of the model, which is not touched. If its environment is a ``VecNormalize``, the
+    statistics of now are written to ``<path>_vecnormalize.pkl``, because an SB3 zip does not hold
+    them; ``VecNormalize.load`` reads them.
+
+    Args:
+        model: a model that was trained with :class:`PolyakAveragingCallback`.
+        which: the name of an average, or a rule for the timeline.
+        path: the zip; SB3 adds ``.zip`` where there is no suffix.
+
+    Raises:
+        ValueError: the model has no averages, or not this one.
+
+    Example:
+        >>> import tempfile
+        >>> from stable_baselines3 import PPO
+        >>> from polyak_rl.sb3 import PolyakAveragingCallback, save_averaged
+        >>> model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=1, device="cpu")
+        >>> _ = model.learn(64, callback=PolyakAveragingCallback())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_averaged(model, "uniform", f"{folder}/averaged")
+        ...     averaged = PPO.load(f"{folder}/averaged", device="cpu")
+    """
+    with averages_of(model).applied(which) as network:
+        averaged = {id(entry.tensor): entry.tensor.detach().clone() for entry in walk(network)}
+    parameters = model.get_parameters()
+    # By tensor, not by name: a policy may list a network, or a part that is shared, several times.
+    for name, tensor in unwrap(model.policy).state_dict(keep_vars=True).items():
+        if id(tensor) in averaged:
+            parameters["policy"][name] = averaged[id(tensor)]
+    twin = copy.copy(model)
+    twin.get_parameters = lambda: parameters  # type: ignore[method-assign]
+    twin.save(Path(path), exclude=["get_parameters"])
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is not None:
+        normalizer.save(f"{os.fspath(path).removesuffix('.zip')}_vecnormalize.pkl")
+
+
+class fast_polyak_update:
+    """Replaces SB3's ``polyak_update`` by :func:`polyak_rl.soft_update` until the block ends.
+
+    .. math:: \\theta' \\leftarrow \\tau\\,\\theta + (1 - \\tau)\\,\\theta'
+
+    Every module that has imported it is served, those of Stable-Baselines3 and others. Results
+    agree up to rounding, and copies (``tau=1``) bit for bit. The tensors are matched and checked
+    once for each pair of networks, then moved by one call instead of two a tensor.
+
+    Called as a function it takes effect at once and stays until :meth:`undo`; as a context manager
+    it is undone at the end of the block, also by an exception.
+
+    Example:
+        >>> import stable_baselines3.sac.sac as sac
+        >>> original = sac.polyak_update
+        >>> with fast_polyak_update():
+        ...     sac.polyak_update is original       # model.learn(...) goes here
+        False
+        >>> sac.polyak_update is original
+        True
+    """
+
+    def __init__(self) -> None:
+        # soft_update keeps what it has checked by module. TD3 has four pairs: eight networks.
+        self._network = lru_cache(maxsize=16)(_as_module)
+        self._replacement = self._update
+        _replace_everywhere(sb3_polyak_update, self._replacement)
+
+    def __enter__(self) -> fast_polyak_update:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Put SB3's function back, also where the replacement was imported meanwhile."""
+        _replace_everywhere(self._replacement, sb3_polyak_update)
+        self._network.cache_clear()
+
+    def _update(
+        self, params: Iterable[Tensor], target_params: Iterable[Tensor], tau: float
+    ) -> None:
+        """SB3's signature: the online network comes first."""
+        online, target = tuple(params), tuple(target_params)
+        if online or target:  # batch-norm statistics of networks that have none
+            soft_update(self._network(target), self._network(online), tau, buffers="average")
+
+
+def _as_module(tensors: tuple[Tensor, ...]) -> nn.Module:
+    """A module that holds these very tensors, under their positions as names."""
+    module = nn.Module()
+    for i, tensor in enumerate(tensors):
+        module.register_buffer(f"[{i}]", tensor)
+    return module
+
+
+def _replace_everywhere(old: object, new: object) -> None:
+    for module in list(sys.modules.values()):
+        members = getattr(module, "__dict__", {})
+        if members.get("polyak_update") is old:
+            members["polyak_update"] = new

@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+
+from agents.averaging import PolicyAverages, default_rules
+from agents.ddpg import DDPGConfig
+from agents.dqn import DQNConfig
+from agents.sac import SACConfig
+from agents.training import TrainConfig, Training
+from polyak_rl import Tail, Uniform
+from scripts import posthoc, train
+
+DQN = ("dqn", DQNConfig(hidden=(16, 16), learning_starts=50, batch_size=16), "CartPole-v1")
+DDPG = ("ddpg", DDPGConfig(hidden=(16, 16), learning_starts=50, batch_size=16), "Pendulum-v1")
+SAC = ("sac", SACConfig(hidden=(16, 16), learning_starts=50, batch_size=16), "Pendulum-v1")
+AGENTS = pytest.mark.parametrize("agent", [DQN, DDPG, SAC], ids=["dqn", "ddpg", "sac"])
+
+
+def training(agent, steps=400, seeds=(1,)):
+    algo, config, env_id = agent
+    run = TrainConfig(env_id, steps, eval_episodes=2, eval_every=200)
+    return Training(algo, config, run, seeds)
+
+
+@AGENTS
+def test_training_with_averages_is_the_same_bit_for_bit(agent):
+    plain, averaged = training(agent), training(agent)
+    averages = PolicyAverages(averaged, default_rules(averaged.total_updates))
+    averaged.schemes["ema1"] = lambda: averages.average("ema1")
+    for each in (plain, averaged):
+        each.run()
+    assert averages.bank.clock == averages.timeline.clock == averaged.updates > 0
+    for ours, theirs in zip(
+        plain.agent.policy.parameters(), averaged.agent.policy.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(
+        plain.replay.rows[:, : plain.replay.size], averaged.replay.rows[:, : plain.replay.size]
+    )
+    np.testing.assert_array_equal(
+        plain.evaluations["last"].returns, averaged.evaluations["last"].returns
+    )
+
+
+@AGENTS
+def test_it_averages_what_acts(agent):
+    """DQN: the Q network; DDPG and SAC: the actor. Not the critic, not the temperature."""
+    run = training(agent)
+    averages = PolicyAverages(run, default_rules(run.total_updates))
+    acts = {"dqn": "q", "ddpg": "actor", "sac": "actor"}[agent[0]]
+    expected = {name for name, _ in getattr(run.agent, acts).named_parameters()}
+    assert averages.average("uniform50").keys() == expected
+
+
+@AGENTS
+def test_an_average_of_a_real_run_equals_the_mean_of_its_iterates(agent):
+    run = training(agent)
+    averages = PolicyAverages(run, default_rules(run.total_updates))
+    iterates = []
+    run.recorders.append(lambda: iterates.append(averages.last()))
+    run.run()
+    assert len(iterates) == run.total_updates
+    half = iterates[len(iterates) // 2 :]
+    for name, tensor in averages.average("uniform50").items():
+        mean = torch.stack([iterate[name].double() for iterate in half]).mean(0)
+        torch.testing.assert_close(tensor, mean, rtol=1e-12, atol=1e-14)
+    everything = averages.average(Uniform())
+    for name, tensor in everything.items():
+        mean = torch.stack([iterate[name].double() for iterate in iterates]).mean(0)
+        torch.testing.assert_close(tensor, mean, rtol=1e-12, atol=1e-14)
+
+
+def test_averages_are_of_nothing_but_trained_iterates():
+    """Before learning starts an average is the policy as it is; then the old weights are out."""
+    run = training(DQN)
+    averages = PolicyAverages(run, {"all": Uniform()})
+    before = averages.last()
+    for name, tensor in averages.average("all").items():
+        assert torch.equal(tensor, before[name])
+    while not run.updates:
+        run.advance()
+    first = averages.last()
+    for name, tensor in averages.average("all").items():
+        assert torch.equal(tensor.float(), first[name])
+
+
+def test_a_seed_has_the_same_averages_alone_and_beside_others():
+    together = training(DDPG, seeds=(1, 2, 3))
+    both = PolicyAverages(together, default_rules(together.total_updates))
+    together.run()
+    alone = training(DDPG, seeds=(2,))
+    single = PolicyAverages(alone, default_rules(alone.total_updates))
+    alone.run()
+    for which in ("ema1", Tail(0.25)):
+        ours, theirs = both.average(which), single.average(which)
+        for name in ours:
+            torch.testing.assert_close(ours[name][1:2], theirs[name], rtol=1e-12, atol=1e-14)
+    for tag, value in both.distances().items():
+        torch.testing.assert_close(value[1:2], single.distances()[tag])
+
+
+def test_posthoc_evaluates_rules_on_common_episodes(tmp_path, capsys):
+    command = "dqn --env-id CartPole-v1 --total-steps 600 --eval-every 300 --eval-episodes 2"
+    command += " --learning-starts 50 --train-every 4 --gradient-steps 4 --hidden 16 16"
+    assert train.main([*command.split(), "--runs-dir", str(tmp_path)]) == 0
+    (run,) = tmp_path.iterdir()
+    asked = ["--rule", "tail:0.5", "--rule", "ema:half_life=100", "--rule", "uniform"]
+    assert posthoc.main([str(run), *asked, "--episodes", "4"]) == 0
+    assert "ema:half_life=100" in capsys.readouterr().out
+    rows = (run / "posthoc.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4 * 4  # last and three rules, four episodes each
+    again = posthoc.evaluate(run, ["tail:0.5"], 4)
+    assert [f"last,{i},{value}" for i, value in enumerate(again["last"])] == rows[1:5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rule", "median"], "there is no rule 'median'"),
+        (["--episodes", "1"], "episodes must be at least 2"),
+        ([], "is not the folder of a finished run"),
+    ],
+)
+def test_posthoc_refuses_in_one_sentence(arguments, message, tmp_path, capsys):
+    assert posthoc.main([str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

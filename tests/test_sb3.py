@@ -1,0 +1,595 @@
+import csv
+import gc
+import sys
+import weakref
+from types import ModuleType
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import stable_baselines3.common.utils as sb3_utils
+import stable_baselines3.dqn.dqn as sb3_dqn
+import stable_baselines3.sac.sac as sb3_sac
+import stable_baselines3.td3.td3 as sb3_td3
+import torch
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
+
+from polyak_rl import Ema, Tail, Uniform
+from polyak_rl.sb3 import (
+    AveragedEvalCallback,
+    PolyakAveragingCallback,
+    acting_network,
+    averages_of,
+    fast_polyak_update,
+    save_averaged,
+)
+
+SMALL = {"policy_kwargs": {"net_arch": [16, 16]}, "device": "cpu", "seed": 3}
+OFF_POLICY = {"learning_starts": 20, "batch_size": 16, "buffer_size": 1000}
+
+# algorithm, environment, options, environment steps, gradient steps of the network that acts
+CASES = {
+    "ppo": (PPO, "CartPole-v1", {"n_steps": 32, "batch_size": 16, "n_epochs": 3}, 96, 18),
+    "a2c": (A2C, "CartPole-v1", {"n_steps": 5}, 60, 12),
+    "dqn": (DQN, "CartPole-v1", {**OFF_POLICY, "target_update_interval": 7}, 80, 15),
+    "sac": (SAC, "Pendulum-v1", OFF_POLICY, 60, 40),
+    "td3": (TD3, "Pendulum-v1", OFF_POLICY, 60, 20),
+    "ddpg": (DDPG, "Pendulum-v1", OFF_POLICY, 60, 40),
+}
+
+
+def make(case, env=None, **options):
+    algorithm, env_id, own, *_ = CASES[case]
+    return algorithm("MlpPolicy", env or env_id, **{**SMALL, **own, **options})
+
+
+def eval_env(case, n_envs=1):
+    return make_vec_env(CASES[case][1], n_envs)
+
+
+def weights(network):
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def same(ours, theirs):
+    """Equal bit for bit, at any depth."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    return ours == theirs
+
+
+def record_steps(model):
+    """The weights after each optimizer step, by a way of its own: the step itself is wrapped."""
+    network, optimizer = acting_network(model)
+    iterates, step = [], optimizer.step
+
+    def recorded(*args, **kwargs):
+        result = step(*args, **kwargs)
+        iterates.append({name: w.double() for name, w in weights(network).items()})
+        return result
+
+    optimizer.step = recorded
+    return iterates
+
+
+def mean(iterates):
+    return {name: torch.stack([x[name] for x in iterates]).mean(0) for name in iterates[0]}
+
+
+def assert_close(network, expected):
+    assert dict(network.named_parameters()).keys() == expected.keys()
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(
+            parameter.detach().double(), expected[name], rtol=1e-6, atol=1e-7
+        )
+
+
+def next_draws(model):
+    """What training would draw next."""
+    return [
+        torch.rand(3).tolist(),
+        np.random.rand(3).tolist(),
+        model.action_space.sample().tolist(),
+    ]
+
+
+class Interrupt(BaseCallback):
+    """Ctrl-C after some calls."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def _on_step(self):
+        if self.n_calls == self.after:
+            raise KeyboardInterrupt
+        return True
+
+
+class Coin(gym.Env):
+    """Five tosses; the reward is random inside the episode, and guessing right is a success."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.tosses = 0
+        return self.observation_space.low, {}
+
+    def step(self, action):
+        self.tosses += 1
+        toss = self.np_random.random()
+        obs = np.array([toss, -toss], dtype=np.float32)
+        return obs, float(toss), self.tosses == 5, False, {"is_success": bool(toss > 0.5)}
+
+
+# --- what is averaged ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_average_is_of_the_weights_after_each_step_of_the_acting_network(case):
+    *_, steps, updates = CASES[case]
+    model, averaging = make(case), PolyakAveragingCallback()
+    iterates = record_steps(model)
+    model.learn(steps, callback=averaging)
+
+    assert len(iterates) == updates == averaging.averages.clock
+    online = weights(averaging.averages.network)
+    with averaging.averages.applied("uniform") as network:
+        assert_close(network, mean(iterates))
+    with averaging.averages.applied("tail50") as network:
+        assert_close(network, mean(iterates[-(updates // 2) :]))
+    with averaging.averages.applied(Tail(1 / updates)) as network:
+        assert_close(network, iterates[-1])
+    assert same(weights(averaging.averages.network), online)
+
+
+def test_what_acts_is_the_actor_the_q_network_or_the_whole_policy():
+    sac, dqn, ppo = make("sac"), make("dqn"), make("ppo")
+    assert acting_network(sac) == (sac.actor, sac.actor.optimizer)
+    assert acting_network(dqn) == (dqn.q_net, dqn.policy.optimizer)
+    assert acting_network(ppo) == (ppo.policy, ppo.policy.optimizer)
+    del ppo.policy.optimizer
+    with pytest.raises(ValueError, match="the policy of PPO has no optimizer"):
+        acting_network(ppo)
+
+
+def test_an_iterate_is_taken_at_every_nth_gradient_step():
+    model = make("sac")
+    iterates = record_steps(model)
+    model.learn(60, callback=PolyakAveragingCallback({"mean": Uniform()}, every=7, timeline=False))
+    with averages_of(model).applied("mean") as network:
+        assert_close(network, mean(iterates[6::7]))
+
+
+# --- training is not touched ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "deterministic"), [*((case, True) for case in CASES), ("dqn", False), ("sac", False)]
+)
+def test_training_is_bit_identical_with_and_without_the_callbacks(case, deterministic):
+    ends = []
+    for averaged in (False, True):
+        model, callbacks = make(case), None
+        if averaged:
+            evaluation = AveragedEvalCallback(
+                eval_env(case), eval_freq=25, n_eval_episodes=2, verbose=0,
+                deterministic=deterministic,
+            )  # fmt: skip
+            callbacks = [PolyakAveragingCallback(), evaluation]
+        model.learn(CASES[case][3], callback=callbacks)
+        ends.append((model.get_parameters(), next_draws(model)))
+    assert len(evaluation.averaged["ema"]["results"]) >= 2
+    assert same(*ends)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "env_id", "steps"), [(PPO, "CartPole-v1", 2048), (DQN, "CartPole-v1", 400),
+                                       (SAC, "Pendulum-v1", 130)],
+)  # fmt: skip
+def test_the_documentation_s_examples_gain_averaging_by_three_lines(
+    algorithm, env_id, steps, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    ends = []
+    for averaged in (False, True):
+        env = gym.make(env_id)
+        model = algorithm("MlpPolicy", env, verbose=0, seed=0, device="cpu")
+        if averaged:
+            model.learn(total_timesteps=steps, callback=PolyakAveragingCallback())
+            save_averaged(model, "tail50", "averaged")
+        else:
+            model.learn(total_timesteps=steps)
+        ends.append((model.get_parameters(), next_draws(model)))
+    assert same(*ends)
+    assert averages_of(model).clock > 0
+    algorithm.load("averaged", device="cpu")
+
+
+def test_the_hook_leaves_with_training_and_an_interrupted_training_does_not_count_twice():
+    model, averaging = make("sac"), PolyakAveragingCallback(timeline=False, rules={"m": Uniform()})
+    iterates = record_steps(model)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(60, callback=[averaging, Interrupt(after=40)])
+    model.learn(60, callback=averaging)
+    assert averaging.averages.clock == len(iterates) > 40
+    with averaging.averages.applied("m") as network:
+        assert_close(network, mean(iterates))
+    taken = averaging.averages.clock
+    model.train(gradient_steps=1, batch_size=4)
+    assert averaging.averages.clock == taken
+
+
+def test_a_model_with_averages_is_collected():
+    model = make("ppo")
+    model.learn(32, callback=PolyakAveragingCallback())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["ppo", "dqn", "sac", "td3"])
+@pytest.mark.parametrize("which", ["uniform", "tail50", Ema(half_life=5)], ids=str)
+def test_the_averaged_zip_evaluates_to_the_same_numbers(case, which, tmp_path):
+    algorithm, _, _, steps, _ = CASES[case]
+    model = make(case, learning_rate=0.01)
+    model.learn(steps, callback=PolyakAveragingCallback())
+    before = model.get_parameters()
+    before = {name: {k: torch.as_tensor(v).clone() for k, v in state.items()}
+              for name, state in before.items() if name == "policy"}  # fmt: skip
+    save_averaged(model, which, tmp_path / "averaged")
+    assert same(model.get_parameters()["policy"], before["policy"])
+    assert "get_parameters" not in vars(model)
+
+    loaded = algorithm.load(tmp_path / "averaged", device="cpu")
+    env, results = eval_env(case), []
+    with averages_of(model).applied(which):
+        expected = weights(averages_of(model).network)
+        for agent in (model, loaded):
+            env.seed(5)
+            results.append(evaluate_policy(agent, env, 3, return_episode_rewards=True))
+    assert results[0] == results[1]
+
+    acting = weights(acting_network(loaded)[0])
+    assert same(acting, expected)
+    assert not same(acting, weights(acting_network(model)[0]))
+    rest = ("critic.", "critic_target.", "actor_target.", "q_net_target.")
+    for name, tensor in loaded.policy.state_dict().items():
+        if name.startswith(rest):
+            assert torch.equal(tensor, before["policy"][name])
+    assert same(loaded.get_parameters().keys(), model.get_parameters().keys())
+    loaded.set_env(env)
+    loaded.learn(40)  # an ordinary model: it trains on
+
+
+class Hidden(BaseFeaturesExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=8)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+    def forward(self, observations):
+        return self.net(observations)
+
+
+def test_a_shared_features_extractor_is_averaged_under_all_its_names(tmp_path):
+    model = make("sac", policy_kwargs={"net_arch": [8], "features_extractor_class": Hidden,
+                                       "share_features_extractor": True})  # fmt: skip
+    model.learn(60, callback=PolyakAveragingCallback())
+    save_averaged(model, "uniform", tmp_path / "averaged.zip")
+    loaded = SAC.load(tmp_path / "averaged.zip", device="cpu")
+    with averages_of(model).applied("uniform"):
+        expected = weights(model.actor)
+    assert same(weights(loaded.actor), expected)
+    assert loaded.critic.features_extractor is loaded.actor.features_extractor
+    statistics = dict(model.actor.features_extractor.named_buffers())
+    assert same(dict(loaded.actor.features_extractor.named_buffers()), statistics)
+
+
+def test_vec_normalize_statistics_are_those_of_the_moment_and_saved_beside_the_zip(tmp_path):
+    def normalized(**options):
+        return VecNormalize(make_vec_env("Pendulum-v1", seed=1), **options)
+
+    ends = []
+    for averaged in (False, True):
+        env, callbacks = normalized(), None
+        model = make("sac", env)
+        if averaged:
+            evaluation = AveragedEvalCallback(
+                normalized(training=True, norm_reward=False), eval_freq=30, n_eval_episodes=1,
+                verbose=0,
+            )  # fmt: skip
+            callbacks = [PolyakAveragingCallback(), evaluation]
+        model.learn(60, callback=callbacks)
+        ends.append((model.get_parameters(), env.obs_rms.mean.tolist(), env.obs_rms.count))
+    assert same(*ends)
+
+    save_averaged(model, "uniform", tmp_path / "averaged.zip")
+    statistics = tmp_path / "averaged_vecnormalize.pkl"
+    loaded_env = VecNormalize.load(statistics, make_vec_env("Pendulum-v1"))
+    loaded_env.training = loaded_env.norm_reward = False
+    assert loaded_env.obs_rms.mean.tolist() == env.obs_rms.mean.tolist()
+    loaded = SAC.load(tmp_path / "averaged", loaded_env, device="cpu")
+    loaded_env.seed(evaluation.seed)
+    # The last evaluation was at the last step, before its gradient step: evaluate anew.
+    ours, _ = evaluate_policy(loaded, loaded_env, 2, return_episode_rewards=True)
+    env.training = env.norm_reward = False
+    env.seed(evaluation.seed)
+    with averages_of(model).applied("uniform"):
+        theirs, _ = evaluate_policy(model, env, 2, return_episode_rewards=True)
+    assert ours == theirs
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def test_last_and_averages_are_logged_and_filed_by_name(tmp_path):
+    model = make("ppo", learning_rate=0.05)
+    model.set_logger(configure(str(tmp_path / "log"), ["csv"]))
+    evaluation = AveragedEvalCallback(
+        eval_env("ppo"), eval_freq=40, n_eval_episodes=3, verbose=0,
+        log_path=str(tmp_path / "eval"), best_model_save_path=str(tmp_path / "best"),
+    )  # fmt: skip
+    # The order of the callbacks does not matter.
+    model.learn(96, callback=[evaluation, PolyakAveragingCallback()])
+
+    files = {name: np.load(tmp_path / "eval" / name / "evaluations.npz")
+             for name in ("", "uniform", "tail50", "ema")}  # fmt: skip
+    for name, file in files.items():
+        assert sorted(file) == ["ep_lengths", "results", "timesteps"], name
+        assert file["timesteps"].tolist() == [40, 80]
+        assert file["results"].shape == file["ep_lengths"].shape == (2, 3)
+    assert not np.array_equal(files[""]["results"], files["uniform"]["results"])
+
+    with open(tmp_path / "log" / "progress.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["eval/mean_reward"]]
+    assert [row["time/total_timesteps"] for row in rows] == ["40", "80"]
+    for name, file in files.items():
+        tag = f"eval/{name}/" if name else "eval/"
+        for key, values in (("mean_reward", "results"), ("mean_ep_length", "ep_lengths")):
+            logged = [float(row[tag + key]) for row in rows]
+            assert logged == pytest.approx(file[values].mean(1).tolist())
+    PPO.load(tmp_path / "best" / "best_model", device="cpu")
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_all_policies_meet_the_same_episodes_and_every_run_its_own(deterministic):
+    results = {}
+    for run in (3, 3, 4):
+        model = make("dqn", learning_starts=1000, seed=run, exploration_fraction=1.0)  # no learning
+        evaluation = AveragedEvalCallback(
+            eval_env("dqn", 2), eval_freq=20, n_eval_episodes=4, verbose=0,
+            deterministic=deterministic,
+        )  # fmt: skip
+        evaluation._on_training_start_seed = None
+        model.learn(20, callback=[PolyakAveragingCallback(), evaluation])
+        last = evaluation.evaluations_results or None
+        assert last is None  # EvalCallback keeps them only where there is a log_path
+        runs = [kept["results"] for kept in evaluation.averaged.values()]
+        assert runs[0] == runs[1] == runs[2]
+        assert evaluation.last_mean_reward == np.mean(runs[0])
+        assert results.setdefault(run, (runs[0], evaluation.seed)) == (runs[0], evaluation.seed)
+    assert results[3][1] != results[4][1]
+
+
+def test_episodes_with_random_numbers_inside_are_common_with_a_sub_environment_for_each(tmp_path):
+    def env(n_envs):
+        return DummyVecEnv([lambda: Monitor(Coin())] * n_envs)
+
+    model = PPO("MlpPolicy", env(1), n_steps=20, batch_size=20, learning_rate=0.1, **SMALL)
+    evaluation = AveragedEvalCallback(
+        env(3), eval_freq=30, n_eval_episodes=3, verbose=0, seed=7, log_path=str(tmp_path)
+    )
+    model.learn(80, callback=[PolyakAveragingCallback(), evaluation])
+    last = np.load(tmp_path / "evaluations.npz")
+    averaged = np.load(tmp_path / "ema" / "evaluations.npz")
+    assert len(set(last["results"][0])) == 3  # other tosses in each
+    assert np.array_equal(last["results"], averaged["results"])
+    assert np.array_equal(last["successes"], averaged["successes"])
+    assert "eval/ema/success_rate" not in model.logger.name_to_value  # dumped already
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["ppo", "dqn", "sac"])
+def test_a_loaded_model_goes_on_with_its_averages(case, tmp_path):
+    algorithm, env_id, _, steps, _ = CASES[case]
+    model = make(case)
+    averaging = PolyakAveragingCallback(
+        {"uniform": Uniform(), "tail": Tail(0.5), "ema": Ema(half_life=4.0)}, capacity=64
+    )
+    iterates = record_steps(model)
+    model.learn(steps, callback=averaging)
+    model.save(tmp_path / "model")
+    averaging.save(tmp_path / "averages.pt")
+
+    model = algorithm.load(tmp_path / "model", env=gym.make(env_id), device="cpu")
+    resumed = PolyakAveragingCallback.load(tmp_path / "averages.pt", model)
+    assert resumed.rules == averaging.rules
+    with averages_of(model).applied("ema"), averaging.averages.applied("ema") as network:
+        assert same(weights(acting_network(model)[0]), weights(network))
+    more = record_steps(model)
+    model.learn(steps, callback=resumed, reset_num_timesteps=False)
+    iterates += more
+    assert more
+    assert resumed.averages.clock == len(iterates)
+    with averages_of(model).applied("uniform") as network:
+        assert_close(network, mean(iterates))
+    with averages_of(model).applied("tail") as network:
+        assert_close(network, mean(iterates[len(iterates) // 2 :]))
+
+
+def test_a_second_learn_with_the_same_callback_goes_on():
+    model, averaging = make("ppo"), PolyakAveragingCallback()
+    iterates = record_steps(model)
+    for _ in range(3):
+        model.learn(32, callback=averaging)
+    with averages_of(model).applied("uniform") as network:
+        assert_close(network, mean(iterates))
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_said_in_a_sentence(tmp_path):
+    model = make("ppo")
+    with pytest.raises(ValueError, match="the model has no averages: train it with"):
+        save_averaged(model, "uniform", tmp_path / "never")
+    with pytest.raises(ValueError, match="the model has no averages"):
+        model.learn(32, callback=AveragedEvalCallback(eval_env("ppo"), verbose=0))
+    with pytest.raises(ValueError, match="'half' is a Tail, which needs timeline=True"):
+        model.learn(32, callback=PolyakAveragingCallback({"half": Tail(0.5)}, timeline=False))
+    with pytest.raises(ValueError, match="nothing to average: give rules or timeline=True"):
+        model.learn(32, callback=PolyakAveragingCallback({}, timeline=False))
+    averaging = PolyakAveragingCallback({"mean": Uniform()}, timeline=False)
+    model.learn(32, callback=averaging)
+    with pytest.raises(ValueError, match="there is no average 'best'; the averages are mean"):
+        save_averaged(model, "best", tmp_path / "never")
+    with pytest.raises(ValueError, match="was not recorded: name it in rules"):
+        save_averaged(model, Tail(0.5), tmp_path / "never")
+    with pytest.raises(ValueError, match="this callback keeps the averages of another model"):
+        make("ppo").learn(32, callback=averaging)
+    averaging.save(tmp_path / "averages.pt")
+    with pytest.raises(ValueError, match="the saved averages are of another network"):
+        PolyakAveragingCallback.load(tmp_path / "averages.pt", make("sac"))
+    torch.save({"format": "other"}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("not a file of tensors")
+    for name in ("other.pt", "text.pt"):
+        with pytest.raises(ValueError, match=f"{name} holds no averages"):
+            PolyakAveragingCallback.load(tmp_path / name, model)
+    assert not [*tmp_path.glob("never*")]
+
+
+# --- fast_polyak_update ---------------------------------------------------------------------------
+
+SB3_UPDATE = sb3_utils.polyak_update
+PLACES = (sb3_utils, sb3_dqn, sb3_sac, sb3_td3)
+
+
+def test_the_fast_update_passes_sb3_s_own_test():
+    """One parameter moves by tau, the other stays; the formula of SB3's test is the oracle."""
+    online, target = nn.Parameter(torch.ones(5, 5)), nn.Parameter(torch.zeros(5, 5))
+    with fast_polyak_update():
+        sb3_utils.polyak_update([online], [target], 0.1)
+    assert torch.equal(online, torch.ones(5, 5))
+    torch.testing.assert_close(target.detach(), torch.full((5, 5), 0.1 * 1.0 + 0.9 * 0.0))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.005, 0.3, 1.0])
+def test_the_fast_update_agrees_with_sb3_s_on_a_twin_critic(tau):
+    model, twin = make("sac"), make("sac", seed=4)
+    ours, theirs, exact = (
+        twin.critic,
+        make("sac", seed=4).critic,
+        make("sac", seed=4).critic.double(),
+    )
+    with fast_polyak_update():
+        for _ in range(50):
+            sb3_sac.polyak_update(model.critic.parameters(), ours.parameters(), tau)
+    for _ in range(50):
+        SB3_UPDATE(model.critic.parameters(), theirs.parameters(), tau)
+    keep = (1 - tau) ** 50
+    for x, a, b, start in zip(
+        *(c.parameters() for c in (model.critic, ours, theirs, exact)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a.double(), keep * start + (1 - keep) * x.double(),
+                                   rtol=1e-5, atol=1e-6)  # fmt: skip
+        if tau in (0.0, 1.0):
+            assert torch.equal(a, start.float() if tau == 0.0 else x)
+
+
+@pytest.mark.parametrize("case", ["sac", "td3", "dqn"])
+def test_training_with_the_fast_update_agrees_and_copies_batch_norm_statistics(case):
+    options = {"features_extractor_class": Hidden, "net_arch": [8]} if case != "dqn" else {
+        "net_arch": [8]}  # fmt: skip
+    ends = []
+    for fast in (False, True):
+        model = make(case, policy_kwargs=options)
+        if fast:
+            with fast_polyak_update():
+                model.learn(CASES[case][3])
+        else:
+            model.learn(CASES[case][3])
+        ends.append(model.policy.state_dict())
+    slow, fast = ends
+    for name, tensor in slow.items():
+        torch.testing.assert_close(fast[name], tensor, rtol=1e-4, atol=1e-5)
+    if case != "dqn":
+        statistics = "features_extractor.net.2.running_mean"
+        assert torch.equal(fast[f"critic_target.{statistics}"], fast[f"critic.{statistics}"])
+        assert fast[f"critic.{statistics}"].abs().sum() > 0
+
+
+def test_every_importer_is_served_and_gets_its_own_back():
+    mine = ModuleType("mine")
+    mine.polyak_update, mine.other = SB3_UPDATE, SB3_UPDATE
+    unrelated = ModuleType("unrelated")
+    unrelated.polyak_update = max
+    sys.modules.update(mine=mine, unrelated=unrelated, gap=None)
+    try:
+        with pytest.raises(RuntimeError, match="inside"), fast_polyak_update():
+            replacement = sb3_utils.polyak_update
+            assert replacement is not SB3_UPDATE
+            assert {p.polyak_update for p in (*PLACES, mine)} == {replacement}
+            late = sys.modules["late"] = ModuleType("late")
+            late.polyak_update = sb3_utils.polyak_update  # imported meanwhile
+            with fast_polyak_update():
+                assert sb3_sac.polyak_update is replacement
+            assert sb3_sac.polyak_update is replacement  # the outer block goes on
+            raise RuntimeError("inside")
+        assert {p.polyak_update for p in (*PLACES, mine, late)} == {SB3_UPDATE}
+        assert unrelated.polyak_update is max
+    finally:
+        for name in ("mine", "unrelated", "late", "gap"):
+            sys.modules.pop(name, None)
+
+
+def test_called_as_a_function_it_stays_until_undone():
+    fast = fast_polyak_update()
+    try:
+        assert sb3_td3.polyak_update is not SB3_UPDATE
+    finally:
+        fast.undo()
+    assert sb3_td3.polyak_update is SB3_UPDATE
+
+
+def test_the_fast_update_follows_moved_parameters_and_refuses_what_does_not_match():
+    online, target = nn.Linear(2, 2), nn.Linear(2, 2)
+    with fast_polyak_update():
+        update = sb3_utils.polyak_update
+        update(online.parameters(), target.parameters(), 0.5)
+        online.double(), target.double()  # other memory, other dtype, the same parameters
+        before = target.weight.detach().clone()
+        update(online.parameters(), target.parameters(), 0.25)
+        torch.testing.assert_close(
+            target.weight.detach(), 0.25 * online.weight.detach() + 0.75 * before
+        )
+        update([], [], 1.0)
+        with pytest.raises(ValueError, match="same tensor names"):
+            update(online.parameters(), [*target.parameters()][:1], 0.5)
+        with pytest.raises(ValueError, match="must have one shape"):
+            update([torch.ones(1, 2)], [torch.ones(2, 2)], 0.5)
+        with pytest.raises(ValueError, match="tau must be in"):
+            update(online.parameters(), target.parameters(), 1.5)
+        shared = torch.ones(3)
+        with pytest.raises(ValueError, match="shares memory"):
+            update([shared[:2]], [shared[1:]], 0.5)

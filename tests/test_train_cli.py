@@ -1,0 +1,247 @@
+import csv
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents.seeding import evaluation_seeds
+from agents.training import Training
+from scripts import enjoy, train
+from scripts.run_folder import new_run_folder
+
+QUICK = ["--total-steps", "300", "--eval-every", "100", "--eval-episodes", "3"]
+SMALL = ["--hidden", "16", "--learning-starts", "50", "--train-every", "8", "--log-every", "100"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run of DQN on CartPole."""
+    runs = tmp_path_factory.mktemp("runs")
+    command = ["dqn", "--env-id", "CartPole-v1", "--seed", "3", "--device", "cpu", "--no-video"]
+    assert train.main([*command, *QUICK, *SMALL, "--runs-dir", str(runs)]) == 0
+    (folder,) = runs.iterdir()
+    return folder
+
+
+def test_the_run_folder_is_named_after_environment_algorithm_seed_and_time(run):
+    env_id, algo, seed, when = run.name.split("__")
+    assert (env_id, algo, seed) == ("CartPole-v1", "dqn", "3")
+    assert len(when) == len("20250131-235959")
+
+
+def test_two_runs_that_begin_in_one_second_get_folders_of_their_own(tmp_path):
+    folders = {new_run_folder(tmp_path, "ALE/Pong-v5", "dqn", 1) for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.name.startswith("ALE-Pong-v5__dqn__1__") for folder in folders)
+
+
+def test_evaluations_are_written_as_rows_and_in_the_form_of_stable_baselines3(run):
+    with (run / "evaluations.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["step", "scheme", "episode", "return", "length"]
+    keys = [(int(step), scheme, int(episode)) for step, scheme, episode, *_ in rows]
+    schemes = ("last", "uniform50", "ema1")
+    assert keys == [(t, name, e) for t in (100, 200, 300) for name in schemes for e in range(3)]
+    rows = [row for row in rows if row[1] == "last"]
+    archive = np.load(run / "evaluations.npz")
+    assert archive["timesteps"].tolist() == [100, 200, 300]
+    assert archive["results"].ravel().tolist() == [float(row[3]) for row in rows]
+    assert archive["ep_lengths"].ravel().tolist() == [int(row[4]) for row in rows]
+
+
+def test_tensorboard_shows_the_documented_tags_the_overlay_and_the_hyperparameters(run):
+    events = EventAccumulator(str(run)).Reload()
+    tags = events.Tags()
+    assert {
+        "charts/episodic_return",
+        "charts/episodic_length",
+        "charts/SPS",
+        "charts/epsilon",
+        "losses/td_loss",
+        "losses/q_values",
+        "eval/last",
+        "eval/uniform50",
+        "eval/ema1",
+        "target/lag/q",
+    } <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("charts/SPS")] == [100, 200, 300]
+    assert "hyperparameters/text_summary" in tags["tensors"]
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"eval/.*" in layout
+
+
+def test_config_json_says_what_was_run(run):
+    record = json.loads((run / "config.json").read_text())
+    assert (record["algo"], record["seed"]) == ("dqn", 3)
+    assert record["run"]["total_steps"] == 300
+    assert record["run"]["device"] == "cpu"
+    assert record["agent"]["hidden"] == [16]
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_the_policy_file_is_data_and_belongs_to_one_seed(run):
+    weights = torch.load(run / "policy.pt", weights_only=True)
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {
+        "net.0.weight": (1, 4, 16),
+        "net.0.bias": (1, 1, 16),
+        "net.2.weight": (1, 16, 2),
+        "net.2.bias": (1, 1, 2),
+    }
+
+
+def test_enjoy_plays_the_trained_policy(run, capsys):
+    assert enjoy.main([str(run), "--episodes", "2", "--seed", "7"]) == 0
+    first, second, mean = capsys.readouterr().out.splitlines()
+    assert first.startswith("episode seed 7: return ")
+    assert second.startswith("episode seed 8: return ")
+    assert mean.endswith("over 2 episodes")
+
+
+def test_enjoy_reaches_the_returns_that_training_wrote_down(run):
+    policy, env_id, algo = enjoy.load_policy(run)
+    seeds = evaluation_seeds("CartPole-v1", 3, 3).tolist()
+    env = enjoy.open_env(env_id, None)
+    played = [total for total, _ in enjoy.play(policy, env, algo, seeds)]
+    assert played == np.load(run / "evaluations.npz")["results"][-1].tolist()
+
+
+@pytest.mark.parametrize("algo", ["ddpg", "sac"])
+def test_the_continuous_algorithms_train_and_the_summary_says_what_was_learned(
+    algo, tmp_path, capsys
+):
+    small = ["--hidden", "16", "--learning-starts", "200", "--device", "cpu"]
+    assert train.main([algo, *QUICK, *small, "--runs-dir", str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    out = capsys.readouterr().out
+    assert f"{algo} on Pendulum-v1, seed 1: 300 environment steps, 100 gradient steps" in out
+    assert "at step 100: mean return -" in out
+    assert "at step 300: mean return -" in out
+    assert f"python -m scripts.enjoy {folder}" in out
+    assert f"tensorboard --logdir {tmp_path}" in out
+    assert enjoy.main([str(folder), "--episodes", "1"]) == 0
+
+
+def test_the_preset_of_the_environment_gives_the_defaults_and_options_override_them():
+    algo, options = train.parse(["dqn", "--env-id", "MountainCar-v0", "--gamma", "0.5"])
+    assert algo == "dqn"
+    assert options.run.total_steps == 120_000
+    assert options.agent.target_update_every == 300
+    assert options.agent.gamma == 0.5
+    _, options = train.parse(["sac"])
+    assert (options.run.env_id, options.agent.learning_rate) == ("Pendulum-v1", 1e-3)
+    assert (options.seed, options.threads) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("dqn --env-id Nope-v1", "cannot make the environment 'Nope-v1'"),
+        ("dqn --env-id Pendulum-v1", "dqn needs Discrete actions, got Box"),
+        ("sac --env-id CartPole-v1", "sac needs actions in a one-dimensional Box, got Discrete(2)"),
+        ("dqn --device banana", "device 'banana' cannot be used here"),
+        ("dqn --device cuda:99", "device 'cuda:99' cannot be used here"),
+        ("dqn --gamma 2", "gamma must be in [0.0, 1.0], got 2.0"),
+        ("dqn --learning-rate nan", "learning_rate must be in"),
+        ("dqn --total-steps 0", "total_steps must be at least 1, got 0"),
+        ("dqn --threads 0", "threads must be at least 1, got 0"),
+        ("dqn --seed -1", "seeds must be one or more different integers from 0 up, got (-1,)"),
+        ("dqn --hidden 0", "hidden must be in"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2_and_leaves_no_run(
+    command, message, tmp_path, capsys
+):
+    runs = tmp_path / "runs"
+    assert train.main([*command.split(), "--runs-dir", str(runs)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize("command", ["dqn --total-steps many", "ppo", "dqn --no-such-option 1"])
+def test_options_that_do_not_parse_exit_with_code_2(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.main(command.split())
+    assert exit_.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main(["dqn", *QUICK, "--runs-dir", str(tmp_path / "file" / "runs")]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot make a folder in ")
+
+
+def test_a_run_folder_that_cannot_be_filled_is_taken_away(tmp_path, capsys, monkeypatch):
+    def full(self, *args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert train.main(["dqn", *QUICK, "--runs-dir", str(tmp_path)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_the_run_with_what_there_is(tmp_path, capsys, monkeypatch):
+    advance = Training.advance
+
+    def interrupted(self):
+        advance(self)
+        if self.step == 150:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Training, "advance", interrupted)
+    command = ["dqn", *QUICK, *SMALL, "--device", "cpu", "--runs-dir", str(tmp_path)]
+    before = signal.getsignal(signal.SIGINT)
+    assert train.main(command) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    out = capsys.readouterr().out
+    assert "150 environment steps" in out
+    assert "Stopped before the end (300 steps)." in out
+    (folder,) = tmp_path.iterdir()
+    evaluated = (folder / "evaluations.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[0] for row in evaluated} == {"100"}
+    assert enjoy.main([str(folder), "--episodes", "1"]) == 0
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once():
+    class Run:
+        stopping = False
+
+    with train.stops_on_interrupt(Run()):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_video_of_the_final_policy_is_recorded(tmp_path):
+    command = ["dqn", *QUICK, *SMALL, "--device", "cpu", "--video", "--runs-dir", str(tmp_path)]
+    assert train.main(command) == 0
+    (folder,) = tmp_path.iterdir()
+    (video,) = (folder / "videos").glob("*.mp4")
+    assert video.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "policy.pt").unlink(), "it has no policy.pt"),
+        (lambda run: (run / "policy.pt").write_bytes(b"junk"), "cannot be read"),
+        (lambda run: (run / "config.json").write_text("{}"), "cannot be read"),
+        (lambda run: (run / "config.json").write_text("{"), "cannot be read"),
+    ],
+)
+def test_enjoy_refuses_a_folder_without_a_finished_run(damage, message, run, tmp_path, capsys):
+    for name in ("config.json", "policy.pt"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    damage(tmp_path)
+    assert enjoy.main([str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
