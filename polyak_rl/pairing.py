@@ -110,7 +110,7 @@ class Watch:
         held = [(r, key, member) for r in self._registries for key, member in r.items()]
         self._tensors = [member for *_, member in held if isinstance(member, Tensor)]
         self._scalars = [x for x in held if isinstance(x[2], Tensor) and x[2].numel() == 1]
-        self._sharded = any(map(_is_sharded, self._tensors))
+        self._sharded = any(hasattr(tensor, "_local_tensor") for tensor in self._tensors)
         self._places = self._find()
 
     def intact(self) -> bool:
@@ -161,9 +161,10 @@ def match(
     for pair in pairs:
         _check_pair(pair)
     if writes:
-        pairs = _drop_ties(pairs)
         _check_direction(pairs)
-        _check_memory(pairs)
+        if not _apart([tensor for pair in pairs for tensor in (pair.target, pair.online)]):
+            pairs = _drop_ties(pairs)
+            _check_memory(pairs)
     return pairs
 
 
@@ -189,10 +190,6 @@ def _submodules(module: nn.Module) -> Iterator[nn.Module]:
     for child in inner._modules.values():
         if child is not None:
             yield from _submodules(child)
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "_local_tensor")
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -346,7 +343,7 @@ def _check_pair(pair: Pair) -> None:
         raise ValueError(
             f"{name!r} must be dense, got {target.layout} in target and {online.layout} in online"
         )
-    if _is_sharded(target) != _is_sharded(online):
+    if hasattr(target, "_local_tensor") != hasattr(online, "_local_tensor"):
         raise ValueError(f"{name!r} must be sharded in both networks or in neither")
     if target.dtype is not online.dtype and _kind(target) != _kind(online):
         raise ValueError(
@@ -370,8 +367,6 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 
 def _drop_ties(pairs: list[Pair]) -> list[Pair]:
     """Tied tensors once; a tie that the online network does not have is refused."""
-    if len({_local(pair.target).data_ptr() for pair in pairs}) == len(pairs):
-        return pairs
     kept: dict[tuple[object, ...], Pair] = {}
     for pair in pairs:
         if pair.target.numel() == 0:
@@ -417,11 +412,6 @@ def find_overlap(
 
     Tensors that are only read may share memory with each other.
     """
-    written, read = list(written), list(read)
-    ranges = [block for _, tensor in (*written, *read) for block in _blocks(tensor)]
-    ranges.sort()
-    if all(map(le, map(_END, ranges), map(_START, ranges[1:]))):
-        return None  # as nearly always: each block ends before the next one starts
     blocks = [(*block, True, name) for name, tensor in written for block in _blocks(tensor)]
     blocks += [(*block, False, name) for name, tensor in read for block in _blocks(tensor)]
     blocks.sort()
@@ -439,15 +429,22 @@ def find_overlap(
     return None
 
 
+def _apart(tensors: Iterable[Tensor]) -> bool:
+    """True where no two tensors share a byte: each block ends before the next one starts."""
+    blocks = sorted([block for tensor in tensors for block in _blocks(tensor)])
+    return all(map(le, map(_END, blocks), map(_START, blocks[1:])))
+
+
 def _blocks(tensor: Tensor) -> list[tuple[int, int]]:
     """The address ranges that a tensor fills: one if it is dense, else one a row."""
-    local = _local(tensor)
+    local = getattr(tensor, "_local_tensor", tensor)
     base = local.data_ptr()
     if not local.is_cpu:
         # Addresses of two devices may coincide: keep them apart.
         base += (1 + (local.device.index or 0)) << 64
     if local.is_contiguous():
-        return [(base, base + local.nbytes)] if local.nbytes else []
+        length = local.nbytes
+        return [(base, base + length)] if length else []
     size, dense = local.element_size(), 1
     outer: list[Iterable[int]] = []
     for stride, n in sorted(zip(local.stride(), local.shape, strict=True)):

@@ -443,7 +443,7 @@ class _Plan:
             kind = (pair.target.dtype, pair.online.dtype, pair.target.device, own_tau)
             kinds.setdefault(kind, []).append(pair)
         self._groups = [_Group(group, kind[-1], masters) for kind, group in kinds.items()]
-        self._watch = Watch(*modules or ())
+        self._watch = Watch(*modules) if modules is not None else None
         self.set_tau(_check_tau(tau))
 
     def set_tau(self, tau: Tau) -> None:
@@ -454,7 +454,7 @@ class _Plan:
 
     def intact(self) -> bool:
         """True while the modules hold the tensors that this plan writes and reads."""
-        return self._watch.intact()
+        return self._watch is not None and self._watch.intact()
 
     def apply(self) -> None:
         """Move every tensor by one update."""
@@ -650,9 +650,9 @@ def choose_policies(
     else:
         policies = dict.fromkeys(names, buffers)
     for name, tensor, _ in tensors:
-        policy = policies.get(name, "average")
-        number = tensor.is_floating_point() or tensor.is_complex()
-        policies[name] = policy if number or policy != "average" else "copy"
+        policy = policies.setdefault(name, "average")
+        if policy == "average" and not (tensor.is_floating_point() or tensor.is_complex()):
+            policies[name] = "copy"
     return policies
 
 

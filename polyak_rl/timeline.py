@@ -259,6 +259,31 @@ class Timeline(Averages[Rule]):
         timeline.load_state_dict(state)
         return timeline
 
+    @torch.no_grad()
+    def member(self, index: int, like: nn.Module) -> Timeline:
+        """The timeline of one member of a network whose tensors begin with a member dimension.
+
+        Args:
+            index: which member, from 0.
+            like: a network of that one member: the same names, leading dimensions of 1.
+        """
+        one = Timeline(
+            like,
+            capacity=self.capacity,
+            expected=self.expected,
+            every=self.every,
+            max_weight_error=self.max_weight_error,
+            max_bytes=self.nbytes,
+        )
+        one.clock, one._length, one._ends = self.clock, self._length, list(self._ends)
+        closed = len(self._ends)
+        pairs = [(self._sum, one._sum)]
+        pairs += zip(self._means[:closed], one._means[:closed], strict=True)
+        for ours, theirs in pairs:
+            for mine, view in zip(self._vector.views(ours), one._vector.views(theirs), strict=True):
+                view.copy_(mine[index : index + 1])
+        return one
+
     def _closed_updates(self) -> int:
         return self._ends[-1] if self._ends else 0
 
@@ -282,7 +307,6 @@ class Timeline(Averages[Rule]):
             self._means[i // 2].copy_(joined.div_(left + right))
         self._ends = self._ends[1::2]
         self._length *= 2
-        self._planned = []
 
     def _stretches(self) -> list[tuple[int, int]]:
         """The first and last iterate of each segment, the open one included."""

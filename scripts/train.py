@@ -24,12 +24,13 @@ import numpy as np
 import torch
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 from tyro.conf import OmitArgPrefixes, subcommand
 
 from agents.averaging import PolicyAverages, default_rules
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.networks import select_member
+from agents.networks import select_member, stack_members
 from agents.presets import ALGORITHMS, preset
 from agents.sac import SACConfig
 from agents.training import TrainConfig, Training
@@ -49,10 +50,15 @@ class Options(Generic[AgentConfig]):
     agent: AgentConfig
     seed: int = 1
     """the training seed, 0 or more"""
+    seeds: str | None = None
+    """several instead: 1..20, or 1,5,7; with --together"""
+    together: bool = False
+    """train the seeds in one process, as members of the same networks; each seed's run is the same,
+    to the bit on CPU, as if it were alone"""
     threads: int = 1
     """threads inside one operation of torch; more are slower on networks of this size"""
     runs_dir: Path = Path("runs")
-    """folder in which the run's folder is made"""
+    """folder in which each run's folder is made"""
     averages: bool = True
     """keep averages of the policy beside it, and the timeline for scripts.posthoc"""
     segments: int = 256
@@ -67,24 +73,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         algo, options = parse(argv)
         torch.set_num_threads(options.threads)
-        training, averages, folder = set_up(algo, options)
+        training, averages, folders = set_up(algo, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
     started = time.perf_counter()
-    with contextlib.closing(training), contextlib.closing(folder):
+    with contextlib.closing(training), contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(contextlib.closing(folder))
         with stops_on_interrupt(training):
             train_with_progress(algo, training)
-        state = training.agent.policy.state_dict()
-        folder.finish(select_member(state, 0, seeds=1))
-        if averages and averages.timeline.updates:
-            averages.timeline.save(folder.path / "timeline.pt", dtype=torch.float32)
-        if options.video:
-            env = open_env(options.run.env_id, folder.path / "videos")
-            list(play(training.agent.policy.cpu(), env, algo, training.eval_seeds[0, :1].tolist()))
-            env.close()
-    print(summary(algo, options.seed, training, folder, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        for member, folder in enumerate(folders):
+            keep(training, averages, member, folder)
+            if options.video:
+                record(algo, training, member, folder)
+            print(summary(algo, training, member, folder, seconds))
+    print(how_to_see(folders))
     return 130 if training.stopping else 0
 
 
@@ -134,25 +140,82 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def set_up(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | None, RunFolder]:
+def chosen_seeds(options: Options[Any]) -> tuple[int, ...]:
+    """The seeds of a command line.
+
+    Raises:
+        ValueError: They are not written as 1..20 or 1,5,7, or several were not asked for together.
+    """
+    if options.seeds is None:
+        return (options.seed,)
+    try:
+        if ".." in options.seeds:
+            first, last = map(int, options.seeds.split(".."))
+            seeds = tuple(range(first, last + 1))
+        else:
+            seeds = tuple(map(int, options.seeds.split(",")))
+    except ValueError:
+        raise ValueError(f"seeds must be like 1..20 or 1,5,7, got {options.seeds!r}") from None
+    if len(seeds) > 1 and not options.together:
+        raise ValueError("several seeds in one process need --together; or start one process each")
+    return seeds
+
+
+def set_up(
+    algo: str, options: Options[Any]
+) -> tuple[Training, PolicyAverages | None, list[RunFolder]]:
     """Build everything that can be refused; the run's folder is made last."""
     if options.video:
         drawn_env(options.run.env_id, "rgb_array").close()
-    training = Training(algo, options.agent, options.run, seeds=(options.seed,))
+    seeds = chosen_seeds(options)
+    training = Training(algo, options.agent, options.run, seeds)
     averages = None
     if options.averages:
         averages = PolicyAverages(training, default_rules(training.total_updates), options.segments)
         for name in averages.bank.rules:
             training.schemes[name] = functools.partial(averages.average, name)
         training.diagnostics.append(averages.distances)
-    path = new_run_folder(options.runs_dir, options.run.env_id, algo, options.seed)
+    folders: list[RunFolder] = []
     try:
-        folder = RunFolder(path, algo, options.seed, options.run, options.agent)
-    except OSError:
-        shutil.rmtree(path, ignore_errors=True)
+        for seed in seeds:
+            path = new_run_folder(options.runs_dir, options.run.env_id, algo, seed)
+            try:
+                folders.append(RunFolder(path, algo, seed, options.run, options.agent))
+            except OSError:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
+    except (ValueError, OSError):
+        for folder in folders:
+            folder.close()
+            shutil.rmtree(folder.path, ignore_errors=True)
         raise
-    training.logs = (folder,)
-    return training, averages, folder
+    training.logs = tuple(folders)
+    return training, averages, folders
+
+
+def keep(
+    training: Training, averages: PolicyAverages | None, member: int, folder: RunFolder
+) -> None:
+    """Write a seed's final policy and timeline to its folder."""
+    folder.finish(member_policy(training, member).state_dict())
+    if averages and averages.timeline.updates:
+        policy = member_policy(training, member)
+        timeline = averages.timeline.member(member, like=policy)
+        timeline.save(folder.path / "timeline.pt", dtype=torch.float32)
+
+
+def record(algo: str, training: Training, member: int, folder: RunFolder) -> None:
+    """Record an episode of a seed's final policy."""
+    env = open_env(training.config.env_id, folder.path / "videos")
+    policy = member_policy(training, member).cpu()
+    list(play(policy, env, algo, training.eval_seeds[member, :1].tolist()))
+    env.close()
+
+
+def member_policy(training: Training, member: int) -> nn.Module:
+    """The policy of one seed, as a network of one member."""
+    state = training.agent.policy.state_dict()
+    return stack_members(training.agent.policy, [select_member(state, member, len(training.seeds))])
 
 
 @contextlib.contextmanager
@@ -198,44 +261,48 @@ def train_with_progress(algo: str, training: Training) -> None:
                     bar,
                     completed=training.step,
                     speed=training.step / (now - started),
-                    latest=training.latest_return[0],
+                    latest=float(np.mean(training.latest_return)),
                 )
 
         training.run(show)
 
 
-def summary(algo: str, seed: int, training: Training, folder: RunFolder, seconds: float) -> str:
-    """What was learned, where the files are, and how to see them."""
+def summary(algo: str, training: Training, member: int, folder: RunFolder, seconds: float) -> str:
+    """What a seed learned."""
     lines = [
-        f"{algo} on {training.config.env_id}, seed {seed}: {training.step:,} environment steps, "
-        f"{training.updates:,} gradient steps in {seconds:.0f} s."
+        f"{algo} on {training.config.env_id}, seed {training.seeds[member]}: {training.step:,} "
+        f"environment steps, {training.updates:,} gradient steps in {seconds:.0f} s."
     ]
     if training.stopping:
         lines.append(f"Stopped before the end ({training.config.total_steps:,} steps).")
-    if folder.last:
-        first_step, first, _ = folder.last[0]
-        last_step, last, _ = folder.last[-1]
-        lines += [
-            f"Evaluation, deterministic, the same {len(last)} episodes each time:",
-            f"  at step {first_step:,}: mean return {first.mean():.1f}",
-            f"  at step {last_step:,}: mean return {last.mean():.1f} "
-            f"(episodes from {np.min(last):.1f} to {np.max(last):.1f})",
-        ]
-        for name, result in training.evaluations.items():
-            if name != "last":
-                mean = result.returns[0].mean()
-                lines.append(
-                    f"  {name}, the average instead: {mean:.1f} ({mean - last.mean():+.1f})"
-                )
-    else:
-        lines.append("It was not evaluated.")
+    if not folder.last:
+        return "\n".join([*lines, "It was not evaluated."])
+    first_step, first, _ = folder.last[0]
+    last_step, last, _ = folder.last[-1]
     lines += [
-        f"Files: {folder.path}",
-        f"Curves: tensorboard --logdir {folder.path.parent}",
-        f"Play: python -m scripts.enjoy {folder.path}",
-        f"Other averages: python -m scripts.posthoc {folder.path} --rule tail:0.3",
+        f"Evaluation, deterministic, the same {len(last)} episodes each time:",
+        f"  at step {first_step:,}: mean return {first.mean():.1f}",
+        f"  at step {last_step:,}: mean return {last.mean():.1f} "
+        f"(episodes from {np.min(last):.1f} to {np.max(last):.1f})",
     ]
+    for name, result in training.evaluations.items():
+        if name != "last":
+            mean = result.returns[member].mean()
+            lines.append(f"  {name}, the average instead: {mean:.1f} ({mean - last.mean():+.1f})")
     return "\n".join(lines)
+
+
+def how_to_see(folders: Sequence[RunFolder]) -> str:
+    """Where the files are, and what to type next."""
+    path = folders[0].path
+    return "\n".join(
+        [
+            *(f"Files: {folder.path}" for folder in folders),
+            f"Curves: tensorboard --logdir {path.parent}",
+            f"Play: python -m scripts.enjoy {path}",
+            f"Other averages: python -m scripts.posthoc {path} --rule tail:0.3",
+        ]
+    )
 
 
 if __name__ == "__main__":

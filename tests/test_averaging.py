@@ -95,6 +95,10 @@ def test_a_seed_has_the_same_averages_alone_and_beside_others():
         ours, theirs = both.average(which), single.average(which)
         for name in ours:
             torch.testing.assert_close(ours[name][1:2], theirs[name], rtol=1e-12, atol=1e-14)
+    timeline = both.timeline.member(1, like=alone.agent.policy)
+    assert timeline.weights(Tail(0.25)) == single.timeline.weights(Tail(0.25))
+    for name, tensor in timeline.average(Tail(0.25)).items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-12, atol=1e-14)
     for tag, value in both.distances().items():
         torch.testing.assert_close(value[1:2], single.distances()[tag])
 
@@ -111,6 +115,40 @@ def test_posthoc_evaluates_rules_on_common_episodes(tmp_path, capsys):
     assert len(rows) == 1 + 4 * 4  # last and three rules, four episodes each
     again = posthoc.evaluate(run, ["tail:0.5"], 4)
     assert [f"last,{i},{value}" for i, value in enumerate(again["last"])] == rows[1:5]
+
+
+def test_seeds_trained_together_leave_the_folders_of_seeds_trained_alone(tmp_path):
+    command = "ddpg --env-id Pendulum-v1 --total-steps 500 --eval-every 250 --eval-episodes 2"
+    command += " --learning-starts 50 --hidden 16 16 --batch-size 16"
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    several = ["--seeds", "1..3", "--together", "--runs-dir", str(together)]
+    assert train.main([*command.split(), *several]) == 0
+    assert train.main([*command.split(), "--seed", "2", "--runs-dir", str(alone)]) == 0
+    (single,) = alone.iterdir()
+    assert len([*together.iterdir()]) == 3
+    (same,) = together.glob("*__2__*")
+    for name in ("evaluations.csv", "config.json"):
+        assert (same / name).read_bytes() == (single / name).read_bytes()
+    ours, theirs = (torch.load(run / "policy.pt", weights_only=True) for run in (same, single))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (row,) = {*posthoc.evaluate(same, ["tail:0.5"], 2)["tail:0.5"].tolist()} & {
+        *posthoc.evaluate(single, ["tail:0.5"], 2)["tail:0.5"].tolist()[:1]
+    }
+    assert np.isfinite(row)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        (["--seeds", "1..3"], "need --together"),
+        (["--seeds", "a..b", "--together"], "must be like 1..20 or 1,5,7, got 'a..b'"),
+        (["--seeds", "5..1", "--together"], "one or more different integers"),
+    ],
+)
+def test_seeds_are_asked_for_plainly(seeds, message, tmp_path, capsys):
+    assert train.main(["dqn", *seeds, "--runs-dir", str(tmp_path / "runs")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

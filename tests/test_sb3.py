@@ -32,7 +32,6 @@ from polyak_rl.sb3 import (
     save_averaged,
 )
 
-SMALL = {"policy_kwargs": {"net_arch": [16, 16]}, "device": "cpu", "seed": 3}
 OFF_POLICY = {"learning_starts": 20, "batch_size": 16, "buffer_size": 1000}
 
 # algorithm, environment, options, environment steps, gradient steps of the network that acts
@@ -48,7 +47,8 @@ CASES = {
 
 def make(case, env=None, **options):
     algorithm, env_id, own, *_ = CASES[case]
-    return algorithm("MlpPolicy", env or env_id, **{**SMALL, **own, **options})
+    small = {"policy_kwargs": {"net_arch": [16, 16]}, "device": "cpu", "seed": 3}
+    return algorithm("MlpPolicy", env or env_id, **{**small, **own, **options})
 
 
 def eval_env(case, n_envs=1):
@@ -100,7 +100,7 @@ def next_draws(model):
     """What training would draw next."""
     return [
         torch.rand(3).tolist(),
-        np.random.rand(3).tolist(),
+        np.random.rand(3).tolist(),  # noqa: NPY002
         model.action_space.sample().tolist(),
     ]
 
@@ -184,10 +184,11 @@ def test_an_iterate_is_taken_at_every_nth_gradient_step():
 def test_training_is_bit_identical_with_and_without_the_callbacks(case, deterministic):
     ends = []
     for averaged in (False, True):
+        env = eval_env(case)  # make_vec_env draws a random number: before the model sets the seeds
         model, callbacks = make(case), None
         if averaged:
             evaluation = AveragedEvalCallback(
-                eval_env(case), eval_freq=25, n_eval_episodes=2, verbose=0,
+                env, eval_freq=25, n_eval_episodes=2, verbose=0,
                 deterministic=deterministic,
             )  # fmt: skip
             callbacks = [PolyakAveragingCallback(), evaluation]
@@ -283,7 +284,9 @@ def test_the_averaged_zip_evaluates_to_the_same_numbers(case, which, tmp_path):
 class Hidden(BaseFeaturesExtractor):
     def __init__(self, observation_space):
         super().__init__(observation_space, features_dim=8)
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(3, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()
+        )
 
     def forward(self, observations):
         return self.net(observations)
@@ -367,6 +370,7 @@ def test_last_and_averages_are_logged_and_filed_by_name(tmp_path):
             logged = [float(row[tag + key]) for row in rows]
             assert logged == pytest.approx(file[values].mean(1).tolist())
     PPO.load(tmp_path / "best" / "best_model", device="cpu")
+    model.logger.close()
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -378,10 +382,7 @@ def test_all_policies_meet_the_same_episodes_and_every_run_its_own(deterministic
             eval_env("dqn", 2), eval_freq=20, n_eval_episodes=4, verbose=0,
             deterministic=deterministic,
         )  # fmt: skip
-        evaluation._on_training_start_seed = None
         model.learn(20, callback=[PolyakAveragingCallback(), evaluation])
-        last = evaluation.evaluations_results or None
-        assert last is None  # EvalCallback keeps them only where there is a log_path
         runs = [kept["results"] for kept in evaluation.averaged.values()]
         assert runs[0] == runs[1] == runs[2]
         assert evaluation.last_mean_reward == np.mean(runs[0])
@@ -393,7 +394,7 @@ def test_episodes_with_random_numbers_inside_are_common_with_a_sub_environment_f
     def env(n_envs):
         return DummyVecEnv([lambda: Monitor(Coin())] * n_envs)
 
-    model = PPO("MlpPolicy", env(1), n_steps=20, batch_size=20, learning_rate=0.1, **SMALL)
+    model = make("ppo", env(1), n_steps=20, batch_size=20, learning_rate=0.1)
     evaluation = AveragedEvalCallback(
         env(3), eval_freq=30, n_eval_episodes=3, verbose=0, seed=7, log_path=str(tmp_path)
     )
@@ -434,7 +435,7 @@ def test_a_loaded_model_goes_on_with_its_averages(case, tmp_path):
     with averages_of(model).applied("uniform") as network:
         assert_close(network, mean(iterates))
     with averages_of(model).applied("tail") as network:
-        assert_close(network, mean(iterates[len(iterates) // 2 :]))
+        assert_close(network, mean(iterates[-(len(iterates) // 2) :]))
 
 
 def test_a_second_learn_with_the_same_callback_goes_on():
@@ -546,7 +547,7 @@ def test_every_importer_is_served_and_gets_its_own_back():
     unrelated.polyak_update = max
     sys.modules.update(mine=mine, unrelated=unrelated, gap=None)
     try:
-        with pytest.raises(RuntimeError, match="inside"), fast_polyak_update():
+        with fast_polyak_update():
             replacement = sb3_utils.polyak_update
             assert replacement is not SB3_UPDATE
             assert {p.polyak_update for p in (*PLACES, mine)} == {replacement}
@@ -555,12 +556,17 @@ def test_every_importer_is_served_and_gets_its_own_back():
             with fast_polyak_update():
                 assert sb3_sac.polyak_update is replacement
             assert sb3_sac.polyak_update is replacement  # the outer block goes on
-            raise RuntimeError("inside")
         assert {p.polyak_update for p in (*PLACES, mine, late)} == {SB3_UPDATE}
         assert unrelated.polyak_update is max
     finally:
         for name in ("mine", "unrelated", "late", "gap"):
             sys.modules.pop(name, None)
+
+
+def test_an_exception_undoes_the_replacement_too():
+    with pytest.raises(KeyboardInterrupt), fast_polyak_update():
+        make("dqn").learn(20, callback=Interrupt(after=5))
+    assert {place.polyak_update for place in PLACES} == {SB3_UPDATE}
 
 
 def test_called_as_a_function_it_stays_until_undone():
