@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test tensorboard clean
+.PHONY: train test test-full compare tensorboard clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,13 @@ test: $(VENV)/installed  ## everything a change must pass, under ten minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 -q
+
+test-full: $(VENV)/installed  ## the long tests: learning gates and compilation
+	$(BIN)/pytest -n 2 -q -m full
+
+compare: $(VENV)/installed  ## the experiment at its smallest, to its report
+	$(BIN)/python -m scripts.compare --tier s
+	$(BIN)/python -m scripts.report runs/compare/results
 
 tensorboard: $(VENV)/installed  ## the curves of every run under runs/
 	$(BIN)/tensorboard --logdir runs

@@ -92,7 +92,7 @@ class PolicyAverages:
         network: what is averaged; it is only read.
         rules: the averages by name; a ``Tail`` is answered by the timeline.
         timeline: record the course of the weights.
-        capacity: the segments of the timeline.
+        capacity: the segments of the timeline; None: 256, or as many as 1 GiB holds.
         every: an iterate is taken at every N-th gradient step.
 
     Attributes:
@@ -111,7 +111,7 @@ class PolicyAverages:
         rules: Mapping[str, Rule],
         *,
         timeline: bool = True,
-        capacity: int = 256,
+        capacity: int | None = None,
         every: int = 1,
     ) -> None:
         tails = [name for name, rule in rules.items() if isinstance(rule, Tail)]
@@ -125,6 +125,9 @@ class PolicyAverages:
         self.every = every
         self.clock = 0
         self.bank = AverageBank(network, moving, every=every) if moving else None
+        if capacity is None:
+            weights = sum(parameter.numel() for parameter in network.parameters())
+            capacity = min(256, (1 << 30) // (16 * weights) * 2)  # even, of float64
         self.timeline = Timeline(network, capacity=capacity, every=every) if timeline else None
 
     def update(self, *_: object) -> None:
@@ -211,7 +214,7 @@ class PolyakAveragingCallback(BaseCallback):
             1000 gradient steps (``"ema"``).
         timeline: record the whole course of the weights, which answers for ``Tail`` and for rules
             chosen afterwards. It takes ``8 * capacity`` bytes a weight.
-        capacity: the segments of the timeline; lower it for large networks.
+        capacity: the segments of the timeline; None: 256, or as many as 1 GiB holds.
         every: take an iterate at every N-th gradient step.
 
     Attributes:
@@ -246,7 +249,7 @@ class PolyakAveragingCallback(BaseCallback):
         rules: Mapping[str, Rule] = RULES,
         *,
         timeline: bool = True,
-        capacity: int = 256,
+        capacity: int | None = None,
         every: int = 1,
     ) -> None:
         super().__init__()

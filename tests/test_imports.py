@@ -1,0 +1,77 @@
+"""Which way imports run: polyak_rl <- agents <- scripts <- tests."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "polyak_rl": {"polyak_rl"},
+    "agents": {"polyak_rl", "agents"},
+    "scripts": {"polyak_rl", "agents", "scripts"},
+}
+FILES = [path for package in ALLOWED for path in sorted((ROOT / package).glob("*.py"))]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_follow_the_arrows(path):
+    ours = {"polyak_rl", "agents", "scripts", "tests"}
+    tops = {name.split(".")[0] for name in imported(path)}
+    assert tops & ours <= ALLOWED[path.parent.name]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parent.name == "polyak_rl"], ids=str
+)
+def test_the_library_needs_torch_alone(path):
+    known = {*sys.stdlib_module_names, "torch", "polyak_rl"}
+    if path.name == "sb3.py":
+        known |= {"stable_baselines3", "gymnasium", "numpy"}
+    assert {name.split(".")[0] for name in imported(path)} <= known
+    assert "polyak_rl.sb3" not in set(imported(path))
+
+
+def test_no_circle_in_the_library():
+    graph = {
+        f"polyak_rl.{path.stem}": {n for n in imported(path) if n.startswith("polyak_rl.")}
+        for path in FILES
+        if path.parent.name == "polyak_rl" and path.stem != "__init__"
+    }
+    while graph:
+        leaves = {name for name, needs in graph.items() if not needs & graph.keys()}
+        assert leaves, f"a circle among {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+
+
+def test_importing_the_library_brings_no_heavy_part_of_torch():
+    """Compiler and DTensor support cost 0.8 s each; whoever does not use them does not pay."""
+    code = "import torch, sys; before = set(sys.modules); import polyak_rl; "
+    code += "print(*sorted(set(sys.modules) - before))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    new = result.stdout.split()
+    heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "numpy", "gymnasium")
+    assert not [name for name in new if name.startswith(heavy)]
+    assert "polyak_rl.target" in new
+
+
+def test_the_wheel_holds_the_library_only():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["packages"] == ["polyak_rl"]
+    assert project["project"]["dependencies"] == ["torch>=2.6"]
+    assert (ROOT / "polyak_rl" / "py.typed").is_file()
