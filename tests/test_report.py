@@ -10,7 +10,8 @@ import re
 import numpy as np
 import pytest
 
-from scripts import report, stats
+from scripts import analysis, report, stats
+from scripts.tidy import COLUMNS, SCALES, read_results
 
 LATE = ["suffix90", "suffix75", "suffix25", "suffix10", "ema0.1", "ema0.3", "ema3", "ema10"]
 LATE += ["power6.94", "power16.97", "lawa", "best", "placebo"]
@@ -23,7 +24,7 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([[*report.COLUMNS, "variant"], *rows])
+        csv.writer(file).writerows([[*COLUMNS, "variant"], *rows])
 
 
 def effect_of(scheme, gain):
@@ -45,7 +46,7 @@ def synthetic(
     `ceiling` clips the normalised score; `ends` is {seed: points before the run crashed}.
     """
     rng = np.random.default_rng([len(env), runs, len(variant)])
-    random, reference = report.SCALES.get(env, (0.0, 1.0))
+    random, reference = SCALES.get(env, (0.0, 1.0))
     rows = []
     for seed in range(runs):
         run = f"{algo}-{env}-{variant}-{seed}"
@@ -269,7 +270,7 @@ def test_endpoints_are_means_of_the_last_five_points_over_episode_means(tmp_path
                     score = 100.0 * k + up + (episode % 2)
                     rows.append([f"r{seed}", "CartPole-v1", "dqn", seed, scheme, k, episode, score])
     write(tmp_path / "r.csv", [[*r, ""] for r in rows])
-    (s,) = report.read_results([tmp_path / "r.csv"])
+    (s,) = read_results([tmp_path / "r.csv"])
     assert s.seeds == ["1", "2", "10"]
     np.testing.assert_allclose(s.endpoint("last"), 400.5)
     np.testing.assert_allclose(s.difference("suffix50"), np.array([10, 20, 30]) / 478)
@@ -277,8 +278,8 @@ def test_endpoints_are_means_of_the_last_five_points_over_episode_means(tmp_path
 
 
 def test_the_primary_interval_is_the_stratified_bootstrap_of_paired_differences(results):
-    strata = report.read_results([results / "effect.csv.gz", results / "null.csv"])
-    c = report.compare(strata, "suffix50", np.random.default_rng(5), 400)
+    strata = read_results([results / "effect.csv.gz", results / "null.csv"])
+    c = analysis.compare(strata, "suffix50", np.random.default_rng(5), 400)
     d = [s.difference("suffix50") for s in strata]
     assert [x.size for x in d] == [11, 12]  # the crashed run has no pair
     assert c.iqm == stats.bootstrap_interval(d, np.random.default_rng(5), resamples=400)
@@ -288,11 +289,11 @@ def test_the_primary_interval_is_the_stratified_bootstrap_of_paired_differences(
 def test_a_row_given_twice_counts_once_and_a_contradiction_is_refused(tmp_path):
     rows = [["r", "E", "a", 0, "last", 1, 0, 5.0, ""]]
     write(tmp_path / "r.csv", rows * 2)
-    (s,) = report.read_results([tmp_path / "r.csv"])
+    (s,) = read_results([tmp_path / "r.csv"])
     assert s.scores["last"].tolist() == [[5.0]]
     write(tmp_path / "r.csv", [*rows, [*rows[0][:7], 6.0, ""]])
     with pytest.raises(ValueError, match=r"line 3: one return an episode, got 5.0 and 6.0"):
-        report.read_results([tmp_path / "r.csv"])
+        read_results([tmp_path / "r.csv"])
 
 
 @pytest.mark.parametrize(
