@@ -294,9 +294,8 @@ class TargetNetwork(nn.Module):
     def update(self) -> None:
         """Count one gradient step, and at every N-th move the copy towards the online network.
 
-        No allocation and no synchronisation with the device. Under ``torch.compile`` and in a
-        captured graph ``every`` must be 1, since what is recorded does not count; replaying a
-        captured update does not advance ``clock``.
+        No allocation and no synchronisation with the device. In a captured CUDA graph ``every``
+        must be 1, since what is recorded does not count: a replay does not advance ``clock``.
 
         Raises:
             ValueError: the online network no longer matches the copy.

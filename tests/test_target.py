@@ -1003,7 +1003,7 @@ def test_soft_update_compiles_whole_and_pairs_by_name(backend: str) -> None:
 def test_a_compiled_update_keeps_its_cadence() -> None:
     online = scalar(0.0)
     target = TargetNetwork(online, 1.0, every=3)
-    update = torch.compile(target.update, backend="eager")
+    update = torch.compile(target.update, fullgraph=True, backend="eager")
     fired = []
     for n in range(1, 10):
         fill(online, float(n))
