@@ -208,8 +208,19 @@ class Averages(Generic[Which]):
             yield self._vector.module
 
     def module(self, which: Which) -> nn.Module:
-        """An independent copy of the network that holds an average."""
-        twin = copy.deepcopy(unwrap(self._vector.module))
+        """An independent copy of the network that holds an average.
+
+        Raises:
+            ValueError: the network cannot be deep-copied; build a second one and use ``copy_to``.
+        """
+        network = unwrap(self._vector.module)
+        try:
+            twin = copy.deepcopy(network)
+        except Exception as error:
+            raise ValueError(
+                f"{type(network).__name__} cannot be deep-copied ({error}): build a second one and "
+                "give it to copy_to"
+            ) from error
         self._vector.write(self.vector(which), twin)
         return twin
 

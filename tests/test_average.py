@@ -337,6 +337,14 @@ def test_module_is_independent_and_copy_to_writes():
         bank.copy_to("uniform", nn.Linear(3, 5))
 
 
+def test_a_network_that_cannot_be_copied_is_told_what_to_do_instead():
+    policy = network()
+    bank = AverageBank(policy, {"uniform": Uniform()})
+    policy.activation = policy(torch.ones(1, 3))  # no leaf of a graph
+    with pytest.raises(ValueError, match="Sequential cannot be deep-copied .* copy_to"):
+        bank.module("uniform")
+
+
 def test_tied_weights_are_averaged_once():
     policy = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     policy[1].weight = policy[0].weight
