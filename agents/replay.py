@@ -35,6 +35,9 @@ class Replay:
         action_dim: Size A of a stored action; 1 for a discrete one (exact below 2^24).
         members: Number S of seeds.
         device: Where the rows live and are sampled.
+
+    Attributes:
+        added: Transitions ever added per seed.
     """
 
     def __init__(
@@ -52,8 +55,17 @@ class Replay:
         # Uninitialised on purpose: the system hands out the pages as they are first written.
         self.rows = torch.empty(members, capacity, sum(self.widths), device=device)
         self.first_rows = capacity * torch.arange(members, device=device).unsqueeze(1)  # [S, 1]
-        self.size = 0
-        self.position = 0
+        self.added = 0
+
+    @property
+    def size(self) -> int:
+        """Transitions stored per seed."""
+        return min(self.added, self.capacity)
+
+    @property
+    def position(self) -> int:
+        """Where the next transition goes: transition number t lies at t mod capacity."""
+        return self.added % self.capacity
 
     def add(
         self,
@@ -81,14 +93,21 @@ class Replay:
         rows[..., -obs_dim - 2] = reward
         rows[..., -obs_dim - 1] = terminated
         rows[..., -obs_dim:] = next_obs
+        self.append(torch.from_numpy(rows))
 
-        new = torch.from_numpy(rows)
-        fitting = min(n, self.capacity - self.position)
-        self.rows[:, self.position : self.position + fitting] = new[:, :fitting]
+    def append(self, rows: Tensor) -> None:
+        """Store transitions that are rows [S, n, D] already; n is at most the capacity."""
+        n, position = rows.shape[1], self.position
+        fitting = min(n, self.capacity - position)
+        self.rows[:, position : position + fitting] = rows[:, :fitting]
         if fitting < n:  # the rest wraps to the start of the ring
-            self.rows[:, : n - fitting] = new[:, fitting:]
-        self.position = (self.position + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
+            self.rows[:, : n - fitting] = rows[:, fitting:]
+        self.added += n
+
+    def last(self, n: int) -> Tensor:
+        """The newest n transitions, at most `size`, as rows [S, n, D] on the CPU, oldest first."""
+        index = torch.arange(self.added - n, self.added, device=self.rows.device) % self.capacity
+        return self.rows[:, index].cpu()
 
     def sample(self, batch_size: int, generators: Sequence[torch.Generator]) -> Batch:
         """Draw `batch_size` transitions of every seed, each with that seed's generator.

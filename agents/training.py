@@ -214,7 +214,7 @@ class Training:
         while self.step < self.config.total_steps and not self.stopping:
             self.advance()
             on_step()
-        if not self.stopping and self.evaluated_at < self.step:
+        if self.evaluated_at < self.step >= self.config.total_steps:
             self.evaluate()
 
     def advance(self) -> None:

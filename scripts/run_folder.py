@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from agents.checkpoint import write_whole
 from agents.training import TrainConfig
 
 CSV_COLUMNS = ("step", "scheme", "episode", "return", "length")
@@ -53,12 +55,21 @@ class RunFolder:
         seed: The training seed.
         config: The run's configuration.
         agent_config: The algorithm's.
+        resume_at: Environment step from which the run goes on; what was written of later steps is
+            taken back. None begins a run.
     """
 
     def __init__(
-        self, path: Path, algo: str, seed: int, config: TrainConfig, agent_config: Any
+        self,
+        path: Path,
+        algo: str,
+        seed: int,
+        config: TrainConfig,
+        agent_config: Any,
+        resume_at: int | None = None,
     ) -> None:
         self.path = path
+        self.last: list[tuple[int, NDArray[np.float64], NDArray[np.int64]]] = []
         record = {
             "algo": algo,
             "seed": seed,
@@ -70,9 +81,11 @@ class RunFolder:
                 "numpy": np.__version__,
             },
         }
-        (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
         self.hyperparameters = {"algo": algo, "seed": seed} | record["run"] | record["agent"]
-
+        if resume_at is not None:
+            self._resume(resume_at)
+            return
+        (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
         self.writer = SummaryWriter(str(path))
         table = "\n".join(f"| {key} | {value} |" for key, value in self.hyperparameters.items())
         self.writer.add_text("hyperparameters", f"| name | value |\n|---|---|\n{table}")
@@ -83,7 +96,6 @@ class RunFolder:
         self.csv = csv.writer(self.csv_file)
         self.csv.writerow(CSV_COLUMNS)
         self.csv_file.flush()
-        self.last: list[tuple[int, NDArray[np.float64], NDArray[np.int64]]] = []
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write values at an environment step to TensorBoard."""
@@ -106,27 +118,68 @@ class RunFolder:
         self.csv_file.flush()
         if scheme == "last":
             self.last.append((step, returns, lengths))
-            fewest = min(len(row) for _, row, _ in self.last)  # the file holds a rectangle
-            steps = np.array([step for step, _, _ in self.last])
-            all_returns = np.stack([row[:fewest] for _, row, _ in self.last])
-            all_lengths = np.stack([row[:fewest] for _, _, row in self.last])
-            partial = self.path / "evaluations.partial.npz"
-            np.savez(partial, timesteps=steps, results=all_returns, ep_lengths=all_lengths)
-            partial.replace(self.path / "evaluations.npz")
+            self._write_archive()
 
-    def finish(self, policy: Mapping[str, Tensor]) -> None:
-        """Save the final policy's weights, its score beside the hyper-parameters, and close."""
-        torch.save(dict(policy), self.path / "policy.pt")
-        if self.last:
+    def sync(self) -> None:
+        """Bring what was written to the disk, TensorBoard's queue included."""
+        self.writer.flush()
+        for path in (self.path / "evaluations.csv", *self.path.glob("events.out.tfevents.*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def finish(self, policy: Mapping[str, Tensor], *, completed: bool = True) -> None:
+        """Save the policy's weights; of a completed run, the score beside the hyper-parameters."""
+        write_whole(self.path / "policy.pt", lambda file: torch.save(dict(policy), file))
+        if completed and self.last:
             plain = {
                 key: value if isinstance(value, int | float | str | bool) else str(value)
                 for key, value in self.hyperparameters.items()
             }
             score = {"eval/last": float(self.last[-1][1].mean())}
             self.writer.add_hparams(plain, score, run_name=".", global_step=self.last[-1][0])
-        self.close()
+        self.writer.flush()
 
     def close(self) -> None:
         """Close the files."""
         self.writer.close()
         self.csv_file.close()
+
+    def _write_archive(self) -> None:
+        fewest = min(len(row) for _, row, _ in self.last)  # the file holds a rectangle
+        steps = np.array([step for step, _, _ in self.last])
+        all_returns = np.stack([row[:fewest] for _, row, _ in self.last])
+        all_lengths = np.stack([row[:fewest] for _, _, row in self.last])
+        partial = self.path / "evaluations.partial.npz"
+        np.savez(partial, timesteps=steps, results=all_returns, ep_lengths=all_lengths)
+        partial.replace(self.path / "evaluations.npz")
+
+    def _resume(self, step: int) -> None:
+        """Take back what was written of steps after this one, and go on writing."""
+        table = self.path / "evaluations.csv"
+        kept, last = [",".join(CSV_COLUMNS) + "\r\n"], dict[int, list[list[str]]]()
+        for line in table.read_bytes().decode(errors="replace").splitlines(keepends=True)[1:]:
+            row = line.split(",")
+            if not line.endswith("\r\n") or len(row) != len(CSV_COLUMNS):
+                continue  # torn when the run was killed
+            if int(row[0]) <= step:
+                kept.append(line)
+                if row[1] == "last":
+                    last.setdefault(int(row[0]), []).append(row)
+        self.last = [
+            (at, np.array([float(row[3]) for row in rows]), np.array([int(row[4]) for row in rows]))
+            for at, rows in last.items()
+        ]
+        write_whole(table, lambda file: file.write("".join(kept).encode()))
+        if self.last:
+            self._write_archive()
+        else:
+            (self.path / "evaluations.npz").unlink(missing_ok=True)
+        self.csv_file = table.open("a", newline="")
+        self.csv = csv.writer(self.csv_file)
+        self._wait_for_a_later_name()
+        self.writer = SummaryWriter(str(self.path), purge_step=step + 1)
+
+    def _wait_for_a_later_name(self) -> None:
+        """TensorBoard reads event files in the order of their names, which begin with a second."""
+        seconds = [int(p.name.split(".")[3]) for p in self.path.glob("events.out.tfevents.*")]
+        time.sleep(min(1.0, max(0.0, max(seconds, default=0) + 1 - time.time())))

@@ -2,9 +2,12 @@
 
     python -m scripts.train dqn --env-id CartPole-v1
     python -m scripts.train sac --env-id Pendulum-v1 --seed 2 --learning-rate 3e-4
+    python -m scripts.train --resume runs/RUN
 
 The defaults are the preset of the algorithm for the environment (agents/presets.py);
-`python -m scripts.train sac --env-id Pendulum-v1 --help` shows them.
+`python -m scripts.train sac --env-id Pendulum-v1 --help` shows them. A run that was stopped, or
+killed at any moment, goes on from its last checkpoint with --resume and ends, to the bit on CPU,
+as if nothing had happened; of seeds trained together, RUN is the first one's folder.
 """
 
 import argparse
@@ -28,12 +31,13 @@ from torch import nn
 from tyro.conf import OmitArgPrefixes, subcommand
 
 from agents.averaging import PolicyAverages, default_rules
+from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.networks import select_member, stack_members
 from agents.presets import ALGORITHMS, preset
 from agents.sac import SACConfig
-from agents.training import TrainConfig, Training
+from agents.training import TrainConfig, Training, crossings
 from scripts.enjoy import drawn_env, open_env, play
 from scripts.run_folder import RunFolder, new_run_folder
 
@@ -63,35 +67,104 @@ class Options(Generic[AgentConfig]):
     """keep averages of the policy beside it, and the timeline for scripts.posthoc"""
     segments: int = 256
     """segments of the timeline; each takes the memory of the policy's weights in float64"""
+    checkpoint_every: int = 10_000
+    """environment steps between two checkpoints for --resume; 0: only at the beginning, at the end
+    and when stopped (Ctrl-C, SIGTERM)"""
+    checkpoint_replay: bool = True
+    """keep the replay buffer on disk too; without it a resumed run is not the same"""
     video: bool = False
     """record an episode of the final policy"""
+
+
+@dataclass
+class Run:
+    """A training and all that is kept of it."""
+
+    algo: str
+    options: Options[Any]
+    training: Training
+    averages: PolicyAverages | None
+    folders: list[RunFolder]
+    checkpoints: Checkpoints
+    tried_at: int
+    """environment step of the last checkpoint, written or not"""
+
+    def save(self) -> None:
+        """Write a checkpoint; training goes on where that fails."""
+        self.tried_at = self.training.step
+        try:
+            for folder in self.folders:
+                folder.sync()
+            self.checkpoints.save()
+        except OSError as error:
+            at = f"step {self.training.step:,} of {self.checkpoints.folder}"
+            print(f"warning: the checkpoint at {at} was not written: {error}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        algo, options = parse(argv)
-        torch.set_num_threads(options.threads)
-        training, averages, folders = set_up(algo, options)
+        path = folder_to_resume(argv)
+        run = set_up(*parse(argv)) if path is None else resume(path)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if run is None:
+        print(f"{path} has finished: there is nothing to resume.")
+        return 0
 
-    started = time.perf_counter()
+    try:
+        return train(run)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(how_to_go_on(run), file=sys.stderr)
+        return 1
+
+
+def train(run: Run) -> int:
+    """Train to the end or until stopped, and leave what there is; returns the exit code."""
+    training, started = run.training, time.perf_counter()
     with contextlib.closing(training), contextlib.ExitStack() as stack:
-        for folder in folders:
+        for folder in run.folders:
             stack.enter_context(contextlib.closing(folder))
-        with stops_on_interrupt(training):
-            train_with_progress(algo, training)
+        with stops_on_interrupt(training) as signals:
+            train_with_progress(run)
+            completed = training.step >= training.config.total_steps
+            if not completed:
+                run.save()  # first: whoever asked to stop may not wait
+            for member, folder in enumerate(run.folders):
+                keep(training, run.averages, member, folder, completed=completed)
+            if completed:
+                run.save()  # last: it says that all is done
         seconds = time.perf_counter() - started
-        for member, folder in enumerate(folders):
-            keep(training, averages, member, folder)
-            if options.video:
-                record(algo, training, member, folder)
-            print(summary(algo, training, member, folder, seconds))
-    print(how_to_see(folders))
-    return 130 if training.stopping else 0
+        for member, folder in enumerate(run.folders):
+            if run.options.video:
+                record(run.algo, training, member, folder)
+            print(summary(run.algo, training, member, folder, seconds))
+    print(how_to_see(run.folders))
+    if completed:
+        return 0
+    print(how_to_go_on(run))
+    return 128 + signals[0]
+
+
+def folder_to_resume(argv: Sequence[str]) -> Path | None:
+    """The folder after --resume.
+
+    Raises:
+        ValueError: Something else is asked for besides.
+    """
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scan.add_argument("--resume", type=Path, default=None)
+    try:
+        known, others = scan.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"--resume takes the folder of a run: {error.message}") from error
+    if known.resume is not None and others:
+        raise ValueError(f"--resume goes on as the run began: {' '.join(others)} cannot be changed")
+    path: Path | None = known.resume
+    return path
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
@@ -161,43 +234,123 @@ def chosen_seeds(options: Options[Any]) -> tuple[int, ...]:
     return seeds
 
 
-def set_up(
-    algo: str, options: Options[Any]
-) -> tuple[Training, PolicyAverages | None, list[RunFolder]]:
-    """Build everything that can be refused; the run's folder is made last."""
+def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | None]:
+    """The training of a command line, and its averages as schemes of evaluation."""
+    if options.checkpoint_every < 0:
+        raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
     if options.video:
         drawn_env(options.run.env_id, "rgb_array").close()
-    seeds = chosen_seeds(options)
-    training = Training(algo, options.agent, options.run, seeds)
-    averages = None
-    if options.averages:
-        averages = PolicyAverages(training, default_rules(training.total_updates), options.segments)
-        for name in averages.bank.rules:
-            training.schemes[name] = functools.partial(averages.average, name)
-        training.diagnostics.append(averages.distances)
+    torch.set_num_threads(options.threads)
+    training = Training(algo, options.agent, options.run, chosen_seeds(options))
+    if not options.averages:
+        return training, None
+    averages = PolicyAverages(training, default_rules(training.total_updates), options.segments)
+    for name in averages.bank.rules:
+        training.schemes[name] = functools.partial(averages.average, name)
+    training.diagnostics.append(averages.distances)
+    return training, averages
+
+
+def set_up(algo: str, options: Options[Any]) -> Run:
+    """Build everything that can be refused; the run's folder is made last."""
+    training, averages = build(algo, options)
     folders: list[RunFolder] = []
     try:
-        for seed in seeds:
+        for seed in training.seeds:
             path = new_run_folder(options.runs_dir, options.run.env_id, algo, seed)
             try:
                 folders.append(RunFolder(path, algo, seed, options.run, options.agent))
             except OSError:
                 shutil.rmtree(path, ignore_errors=True)
                 raise
+        about = {
+            "algo": algo,
+            "options": dataclasses.asdict(options) | {"runs_dir": str(options.runs_dir)},
+            "folders": [folder.path.name for folder in folders],
+        }
+        checkpoints = Checkpoints(
+            folders[0].path / "checkpoint",
+            training,
+            averages,
+            about,
+            replay=options.checkpoint_replay,
+        )
+        checkpoints.save()  # from here on the run can be resumed
     except (ValueError, OSError):
         for folder in folders:
             folder.close()
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
     training.logs = tuple(folders)
-    return training, averages, folders
+    return Run(algo, options, training, averages, folders, checkpoints, training.step)
+
+
+def resume(path: Path) -> Run | None:
+    """Build a run as its last checkpoint says, or None if it has finished.
+
+    Nothing is written before everything has been read and verified.
+
+    Raises:
+        ValueError: There is no checkpoint that can be used.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is not the folder of a run")
+    checkpoint, notes = newest(path / "checkpoint")
+    algo, options = recorded(checkpoint.about)
+    if checkpoint.step >= options.run.total_steps:
+        return None
+    resolve_device(options.run.device)
+    training, averages = build(algo, options)
+    notes += restore(checkpoint, training, averages)
+    paths = [path, *(path.parent / Path(name).name for name in checkpoint.about["folders"][1:])]
+    folders = [
+        RunFolder(each, algo, seed, options.run, options.agent, resume_at=training.step)
+        for each, seed in zip(paths, training.seeds, strict=True)
+    ]
+    training.logs = tuple(folders)
+    print(f"Resumed at step {training.step:,}.")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    with (path / "resumed.txt").open("a") as file:
+        exact = "; ".join(notes) or "exact"
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {training.step}: {exact}\n")
+    checkpoints = Checkpoints(
+        checkpoint.folder,
+        training,
+        averages,
+        checkpoint.about,
+        replay=options.checkpoint_replay,
+        after=checkpoint,
+    )
+    return Run(algo, options, training, averages, folders, checkpoints, training.step)
+
+
+def recorded(about: dict[str, Any]) -> tuple[str, Options[Any]]:
+    """The algorithm and options that a checkpoint recorded.
+
+    Raises:
+        ValueError: They are not those of this program.
+    """
+    try:
+        algo, values = about["algo"], dict(about["options"])
+        agent = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("agent").items()}
+        run = TrainConfig(**values.pop("run"))
+        values["runs_dir"] = Path(values["runs_dir"])
+        return algo, Options(run=run, agent=ALGORITHMS[algo][1](**agent), **values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint is of another version of this program: {error}") from None
 
 
 def keep(
-    training: Training, averages: PolicyAverages | None, member: int, folder: RunFolder
+    training: Training,
+    averages: PolicyAverages | None,
+    member: int,
+    folder: RunFolder,
+    *,
+    completed: bool,
 ) -> None:
-    """Write a seed's final policy and timeline to its folder."""
-    folder.finish(member_policy(training, member).state_dict())
+    """Write a seed's last policy and timeline to its folder."""
+    folder.finish(member_policy(training, member).state_dict(), completed=completed)
     if averages and averages.timeline.updates:
         policy = member_policy(training, member)
         timeline = averages.timeline.member(member, like=policy)
@@ -219,23 +372,31 @@ def member_policy(training: Training, member: int) -> nn.Module:
 
 
 @contextlib.contextmanager
-def stops_on_interrupt(training: Training) -> Iterator[None]:
-    """The first Ctrl-C ends the run after the step under way, the second at once."""
+def stops_on_interrupt(training: Training) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM ends the run after the step under way, the second at once.
+
+    Yields:
+        The signals that came.
+    """
+    came: list[int] = []
 
     def stop(signum: int, frame: Any) -> None:
+        came.append(signum)
         if training.stopping:
             raise KeyboardInterrupt
         training.stopping = True
 
-    previous = signal.signal(signal.SIGINT, stop)
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def train_with_progress(algo: str, training: Training) -> None:
+def train_with_progress(run: Run) -> None:
     """Run the training under a progress bar with its speed and the latest return."""
+    training, every = run.training, run.options.checkpoint_every
     total = training.config.total_steps
     columns = (
         TextColumn("{task.description}"),
@@ -245,26 +406,29 @@ def train_with_progress(algo: str, training: Training) -> None:
         TextColumn("return {task.fields[latest]:.1f}"),
         TimeRemainingColumn(),
     )
-    started = time.perf_counter()
+    started, first = time.perf_counter(), training.step
     shown = 0.0
     with Progress(*columns) as progress:
         bar = progress.add_task(
-            f"{algo} {training.config.env_id}", total=total, speed=0.0, latest=float("nan")
+            f"{run.algo} {training.config.env_id}", total=total, speed=0.0, latest=float("nan")
         )
 
-        def show() -> None:
+        def after_step() -> None:
             nonlocal shown
+            due = every and crossings(run.tried_at, training.step, every)
+            if due and training.step < total:
+                run.save()
             now = time.perf_counter()
             if now - shown > 0.1 or training.step >= total:
                 shown = now
                 progress.update(
                     bar,
                     completed=training.step,
-                    speed=training.step / (now - started),
+                    speed=(training.step - first) / (now - started),
                     latest=float(np.mean(training.latest_return)),
                 )
 
-        training.run(show)
+        training.run(after_step)
 
 
 def summary(algo: str, training: Training, member: int, folder: RunFolder, seconds: float) -> str:
@@ -273,7 +437,7 @@ def summary(algo: str, training: Training, member: int, folder: RunFolder, secon
         f"{algo} on {training.config.env_id}, seed {training.seeds[member]}: {training.step:,} "
         f"environment steps, {training.updates:,} gradient steps in {seconds:.0f} s."
     ]
-    if training.stopping:
+    if training.step < training.config.total_steps:
         lines.append(f"Stopped before the end ({training.config.total_steps:,} steps).")
     if not folder.last:
         return "\n".join([*lines, "It was not evaluated."])
@@ -303,6 +467,11 @@ def how_to_see(folders: Sequence[RunFolder]) -> str:
             f"Other averages: python -m scripts.posthoc {path} --rule tail:0.3",
         ]
     )
+
+
+def how_to_go_on(run: Run) -> str:
+    """What to type to resume."""
+    return f"Go on: python -m scripts.train --resume {run.folders[0].path}"
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def test_a_network_that_cannot_be_copied_is_told_what_to_do_instead():
     policy = network()
     bank = AverageBank(policy, {"uniform": Uniform()})
     policy.activation = policy(torch.ones(1, 3))  # no leaf of a graph
-    with pytest.raises(ValueError, match="Sequential cannot be deep-copied .* copy_to"):
+    with pytest.raises(ValueError, match=r"Sequential cannot be deep-copied .* copy_to"):
         bank.module("uniform")
 
 
