@@ -58,6 +58,7 @@ Section = Literal["updates", "steps", "loops", "averaging", "memory", "scaling",
 
 TAU = 0.005
 ROWS = 5_000  # transitions in a replay buffer that gradient steps are measured on
+BLOCK = 32  # updates after which a bank takes them in: calls hold so many, lest turns differ
 STEPS_OF_A_RUN = 1_000_000  # environment steps that averages and timelines are laid out for
 
 # Names that goals refer to.
@@ -735,19 +736,20 @@ def twelve_rules(updates: int) -> dict[str, Rule]:
 
 def averaging(bench: Bench) -> None:
     """A SAC step with and without averages of the policy, in place and on their own."""
-    trainings = {}
-    for name, rules in ((PLAIN, None), (DEFAULT, default_rules), (TWELVE, twelve_rules)):
-        training = trainings[name] = filled_training(bench, "sac", "HalfCheetah-v5", SACConfig())
-        if rules is not None:
-            PolicyAverages(training, rules(training.total_updates))
-    contenders = {name: Contender(partial(learn, t)) for name, t in trainings.items()}
-    for name in (DEFAULT, TWELVE):
-        contenders[f"{name}, alone"] = Contender(partial(call_all, trainings[name].recorders))
-    # A bank takes its iterates in by blocks of 32: a turn must hold several blocks.
-    seconds = 5 * bench.options.step_seconds
+    training = filled_training(bench, "sac", "HalfCheetah-v5", SACConfig())
+    recorders: dict[str, list[Callable[[], None]]] = {PLAIN: []}
+    for name, rules in ((DEFAULT, default_rules), (TWELVE, twelve_rules)):
+        PolicyAverages(training, rules(training.total_updates))
+        recorders[name], training.recorders = training.recorders, []
+    # All contenders train one agent, so that they differ in the averages alone.
+    calls = {name: [partial(learn, training), *records] for name, records in recorders.items()}
+    calls |= {f"{name}, alone": recorders[name] for name in (DEFAULT, TWELVE)}
+    contenders = {
+        name: Contender(partial(call_all, each * BLOCK), BLOCK) for name, each in calls.items()
+    }
+    seconds = bench.options.step_seconds
     bench.compare(AVERAGING, contenders, seconds=seconds, baseline=PLAIN)
-    for training in trainings.values():
-        training.close()
+    training.close()
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -879,10 +881,10 @@ def scale_averages(bench: Bench, count: int) -> None:
     policy = dense(17, 256, 256, 12).to(bench.device)
     flat = flatten_(policy)
     rules = {f"ema{i}": Ema(half_life=1000.0 * (i + 1)) for i in range(count)}
-    scratch = torch.empty_like(flat.buffers[0])
+    scratch, update = torch.empty_like(flat.buffers[0]), AverageBank(policy, rules).update
     contenders = {
         COPY: lambda: scratch.copy_(flat.buffers[0]),
-        "AverageBank": AverageBank(policy, rules).update,
+        "AverageBank": Contender(partial(call_all, [update] * BLOCK), BLOCK),
     }
     note = "SAC's actor, 73,000 parameters; an update of all averages"
     bench.compare("averages", contenders, seconds=bench.options.seconds, size=str(count), note=note)

@@ -276,15 +276,18 @@ def collect(out: Path) -> None:
                         lines.writerow((*key, row["scheme"], row["step"], row["episode"], shown))
     partial.replace(folder / "results.csv.gz")
     runs = folder / "runs.json.partial"
-    runs.write_text(json.dumps({"runs": records}, indent=1) + "\n")
+    commits = sorted({record["commit"] for record in records} - {""})
+    about = {"commit": ", ".join(commits)} if commits else {}
+    runs.write_text(json.dumps({**about, "runs": records}, indent=1) + "\n")
     runs.replace(folder / "runs.json")
 
 
 def describe(job: Job, name: str, seed: int, out: Path) -> dict[str, Any]:
     """A planned run and what became of it, for the report."""
-    end = out / "runs" / name / "finished.json"
+    end_file = out / "runs" / name / "finished.json"
+    end = json.loads(end_file.read_text()) if end_file.exists() else {}
     crash = out / "jobs" / f"{job.run_names()[0]}.crashed"
-    status = "finished" if end.exists() else "crashed" if crash.exists() else "not run"
+    status = "finished" if end else "crashed" if crash.exists() else "not run"
     config = {"total_steps": job.steps(), **dataclasses.asdict(job.agent_config())}
     return {
         "run": name,
@@ -293,7 +296,8 @@ def describe(job: Job, name: str, seed: int, out: Path) -> dict[str, Any]:
         "seed": seed,
         "variant": job.variant,
         "status": status,
-        "seconds": json.loads(end.read_text())["seconds"] if end.exists() else None,
+        "seconds": end.get("seconds"),
+        "commit": end.get("commit", ""),
         "config": {**config, "lr_decay": job.lr_decay},
     }
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -136,8 +137,21 @@ def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
         folder.close()
         seconds = round((time.perf_counter() - started) / len(folders), 1)
         partial = folder.path / "finished.json.partial"
-        partial.write_text(json.dumps({"seconds": seconds, "updates": training.updates}) + "\n")
+        end = {"seconds": seconds, "updates": training.updates, "commit": commit()}
+        partial.write_text(json.dumps(end) + "\n")
         partial.replace(folder.path / "finished.json")
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a + where files have changed since; "" without git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(
+            command, cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 class Measurement:

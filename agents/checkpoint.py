@@ -1,0 +1,523 @@
+"""Checkpoints: all that a training needs to go on, to the bit, as if it had never stopped.
+
+A checkpoint is these files, side by side in one folder:
+
+| file | holds |
+|---|---|
+| `000002.json` | the manifest: a line with the checksum of what follows, then JSON |
+| `000002.pt` | tensors and plain values, written by `torch.save` |
+| `replay-10000-20000.f32` | transitions 10000 to 19999 of every seed, float32 [S, n, D] |
+
+Transitions are written by the first checkpoint that sees them and shared by those that come after,
+so a checkpoint costs what is new, and files whose transitions the ring has overwritten go away.
+Each file is written beside its place, flushed and renamed, the manifest last: a checkpoint is there
+whole or not at all. The last two are kept.
+
+Reading goes the other way round. The manifest's checksum is verified before it is parsed, then its
+schema, then the SHA-256 of every file that it names, and only then are tensors read, as data
+(`weights_only`). A checkpoint that fails gives way to the one before it. A checksum tells damage,
+not intent: whoever can write to the folder can write a checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from agents.averaging import PolicyAverages
+from agents.evaluation import Evaluation
+from agents.training import EpisodeSeeds, Training
+from polyak_rl import AverageBank
+
+SCHEMA = 1
+KEPT = 2
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read from disk, every file of it verified.
+
+    Attributes:
+        folder: Where it lies.
+        number: Its place among the run's checkpoints.
+        about: What `Checkpoints` was told about the run.
+        training: What was trained, as `describe` says it.
+        pieces: First and one past the last transition of each replay file; None without replay.
+        sha256: File name -> checksum.
+        state: The tensors and plain values.
+    """
+
+    folder: Path
+    number: int
+    about: State
+    training: State
+    versions: dict[str, str]
+    pieces: list[tuple[int, int]] | None
+    sha256: dict[str, str]
+    state: State
+
+    @property
+    def step(self) -> int:
+        """Environment steps taken, per seed."""
+        return int(self.state["clocks"]["step"])
+
+    def rows(self, piece: tuple[int, int], members: int) -> Tensor:
+        """The transitions of a replay file, [S, n, D]."""
+        data = (self.folder / _piece_name(piece)).read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.sha256[_piece_name(piece)]:
+            raise ValueError(f"{self.folder / _piece_name(piece)} has changed while it was read")
+        rows = np.frombuffer(data, dtype="<f4").astype(np.float32)
+        return torch.from_numpy(rows.reshape(members, piece[1] - piece[0], -1))
+
+
+class Checkpoints:
+    """Writes the checkpoints of one training.
+
+    Args:
+        folder: Where; made if it is not there.
+        training: The run; the environments are those that it made itself.
+        averages: The averages that are recorded of it, if any.
+        about: Plain values that say how to build the training again, for `Checkpoint.about`.
+        replay: Keep the replay buffer too. Without it a run can be resumed, but not to the bit.
+        after: The checkpoint that the training was restored from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        training: Training,
+        averages: PolicyAverages | None = None,
+        about: Mapping[str, Any] | None = None,
+        *,
+        replay: bool = True,
+        after: Checkpoint | None = None,
+    ) -> None:
+        _own_environments(training)
+        self.folder = folder
+        self.training, self.averages = training, averages
+        self.about = dict(about or {})
+        self.replay = replay
+        self.number = after.number if after else 0
+        self.pieces = list(after.pieces or []) if after else []
+        self.sha256 = dict(after.sha256) if after else {}
+
+    def save(self) -> None:
+        """Write a checkpoint, and remove what neither it nor the one before it needs.
+
+        Raises:
+            OSError: It cannot be written; the checkpoints that were there still are.
+        """
+        self.folder.mkdir(exist_ok=True)
+        number, sums, pieces = self.number + 1, dict[str, str](), list[tuple[int, int]]()
+        if self.replay:
+            pieces = self._write_new_transitions(sums)
+        name = f"{number:06d}.pt"
+        state = training_state(self.training, self.averages)
+        write_whole(self.folder / name, lambda file: _save_tensors(state, file))
+        sums[name] = _digest(self.folder / name)
+        record = {
+            "schema": SCHEMA,
+            "number": number,
+            "about": self.about,
+            "training": describe(self.training, self.averages),
+            "versions": versions(),
+            "replay": pieces if self.replay else None,
+            "sha256": sums,
+        }
+        body = json.dumps(record, indent=1).encode()
+        line = hashlib.sha256(body).hexdigest().encode() + b"\n"
+        write_whole(self.folder / f"{number:06d}.json", lambda file: file.write(line + body))
+
+        kept = {f"{n:06d}.json" for n in (number, self.number)} | {*sums, *self.sha256}
+        for pattern in ("*.json", "*.pt", "replay-*.f32", "*.partial"):
+            for path in self.folder.glob(pattern):
+                if path.name not in kept:
+                    path.unlink(missing_ok=True)
+        self.number, self.pieces, self.sha256 = number, pieces, sums
+
+    def _write_new_transitions(self, sums: dict[str, str]) -> list[tuple[int, int]]:
+        """Write what was added since the last checkpoint; the pieces that the ring consists of."""
+        replay = self.training.replay
+        pieces = [p for p in self.pieces if p[1] > replay.added - replay.capacity]
+        sums |= {_piece_name(piece): self.sha256[_piece_name(piece)] for piece in pieces}
+        written = self.pieces[-1][1] if self.pieces else 0
+        new = min(replay.added - written, replay.capacity)
+        if new:
+            piece = (replay.added - new, replay.added)
+            data = replay.last(new).numpy().astype("<f4", copy=False).tobytes()
+            write_whole(self.folder / _piece_name(piece), lambda file: file.write(data))
+            sums[_piece_name(piece)] = hashlib.sha256(data).hexdigest()
+            pieces.append(piece)
+        return pieces
+
+
+def newest(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, and a sentence on each newer one that is not.
+
+    Nothing is written, and nothing that was read is run.
+
+    Raises:
+        ValueError: There is none, or the newest whole one has a schema that is not known here.
+    """
+    manifests = sorted(folder.glob("*.json"), reverse=True)
+    if not manifests:
+        raise ValueError(f"there is no checkpoint in {folder}")
+    damaged: list[str] = []
+    for path in manifests:
+        try:
+            return _read(path), damaged
+        except _DamagedError as error:
+            damaged.append(f"{path} cannot be used: {error}")
+    raise ValueError("; ".join(damaged))
+
+
+def restore(
+    checkpoint: Checkpoint, training: Training, averages: PolicyAverages | None = None
+) -> list[str]:
+    """Bring a training to where a checkpoint was written.
+
+    Environments come back by the seed of their episode and its actions, which the replay buffer
+    has, and are compared with the observation and the return of then.
+
+    Args:
+        checkpoint: From `newest`.
+        training: A new training, built like the one that was saved.
+        averages: Built like those that were saved; None if none were.
+
+    Returns:
+        Why the run may not go on to the bit as if it had never stopped, a sentence each.
+
+    Raises:
+        ValueError: The checkpoint is of another run, algorithm, configuration or architecture;
+            nothing has changed.
+    """
+    _own_environments(training)
+    if training.step or training.replay.added:
+        raise ValueError(f"a checkpoint is restored into a new training, got step {training.step}")
+    for key, ours in describe(training, averages).items():
+        theirs = checkpoint.training.get(key)
+        if theirs != ours:
+            raise ValueError(
+                f"the checkpoint is of another training: its {key} is {theirs}, here it is {ours}"
+            )
+    new = training_state(training, averages)
+    for key in ("clocks", "agent", "sampling", "environments"):
+        _require_fit(key, new[key], checkpoint.state.get(key))
+    try:
+        _load(training, averages, checkpoint.state)
+        for piece in checkpoint.pieces or []:
+            if not training.replay.added:
+                training.replay.added = piece[0]
+            training.replay.append(checkpoint.rows(piece, len(training.seeds)).to(training.device))
+    except Exception as error:  # a file that was made up raises anything
+        _load(training, averages, new)
+        training.replay.added = 0
+        raise ValueError(f"the checkpoint does not fit this training: {error}") from error
+    training.logged_at = (training.step, time.perf_counter())
+
+    notes = [
+        f"{name} was {checkpoint.versions.get(name)}, now it is {version}"
+        for name, version in versions().items()
+        if checkpoint.versions.get(name) != version
+    ]
+    if checkpoint.pieces is None:
+        notes.append("the replay buffer was not saved: training goes on with an empty one")
+    return notes + _restore_environments(training, checkpoint.state["environments"])
+
+
+def describe(training: Training, averages: PolicyAverages | None) -> State:
+    """What has to be equal for a checkpoint to fit, as plain values of JSON."""
+    faces = training.interface
+    record = {
+        "algorithm": type(training.agent).__name__,
+        "seeds": training.seeds,
+        "run": dataclasses.asdict(training.config),
+        "agent": dataclasses.asdict(training.agent.config),
+        "observation size": faces.obs_dim,
+        "action size": faces.action_dim,
+        "averages": [*averages.bank.rules] if averages else None,
+        "segments": averages.timeline.capacity if averages else None,
+    }
+    plain: State = json.loads(json.dumps(record))
+    return plain
+
+
+def versions() -> dict[str, str]:
+    """The versions of what decides a run's bits."""
+    return {
+        "torch": str(torch.__version__),
+        "gymnasium": gym.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def training_state(training: Training, averages: PolicyAverages | None = None) -> State:
+    """All that changes in a training but its replay rows, as tensors and plain values."""
+    envs = _own_environments(training)
+    return {
+        "clocks": {
+            "step": training.step,
+            "updates": training.updates,
+            "evaluated_at": training.evaluated_at,
+        },
+        "agent": {
+            name: [g.get_state() for g in part] if isinstance(part, list) else part.state_dict()
+            for name, part in _parts(training.agent).items()
+        },
+        "sampling": [generator.get_state() for generator in training.sampling],
+        "averages": {
+            "bank": _bank_state(averages.bank),
+            "timeline": averages.timeline.state_dict(),
+        }
+        if averages
+        else None,
+        "losses": {tag: loss.clone() for tag, loss in training.losses.items()},
+        "evaluations": {
+            scheme: [torch.from_numpy(x.copy()) for x in result]
+            for scheme, result in training.evaluations.items()
+        },
+        "environments": {
+            "episode": [env.episode for env in envs],
+            "obs": torch.from_numpy(training.obs.copy()),
+            "ended": torch.from_numpy(training.ended.copy()),
+            "return": torch.from_numpy(training.episode_return.copy()),
+            "length": torch.from_numpy(training.episode_length.copy()),
+            "latest_return": torch.from_numpy(training.latest_return.copy()),
+        },
+    }
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file beside its place, flush it to the disk and rename it: all of it or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too
+    finally:
+        os.close(folder)
+
+
+class _DamagedError(ValueError):
+    """A checkpoint is not what was written."""
+
+
+def _read(path: Path) -> Checkpoint:
+    """Read the checkpoint of a manifest, each thing verified before it is parsed."""
+    try:
+        line, _, body = path.read_bytes().partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != line:
+            raise _DamagedError("its checksum does not fit")
+        record = json.loads(body)
+        schema = record["schema"]
+        if schema == SCHEMA:
+            return _read_files(path, record)
+    except OSError as error:
+        raise _DamagedError(f"{error.filename}: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise _DamagedError(str(error)) from error
+    raise ValueError(f"{path} has schema {schema}; this program reads schema {SCHEMA}")
+
+
+def _read_files(path: Path, record: State) -> Checkpoint:
+    sha256, pieces = record["sha256"], record["replay"]
+    if pieces is not None:
+        pieces = [(int(first), int(last)) for first, last in pieces]
+    state_file = path.with_name(f"{record['number']:06d}.pt")
+    for name in (state_file.name, *map(_piece_name, pieces or [])):
+        if _digest(path.with_name(name)) != sha256[name]:
+            raise _DamagedError(f"the checksum of {name} does not fit")
+    try:
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        state["clocks"]["step"]
+    except Exception as error:  # a file that was made up raises anything
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise _DamagedError(f"{state_file.name} is not a state: {reason}") from error
+    about, training, versions = record["about"], record["training"], record["versions"]
+    return Checkpoint(
+        path.parent, record["number"], about, training, versions, pieces, sha256, state
+    )
+
+
+def _piece_name(piece: tuple[int, int]) -> str:
+    return f"replay-{piece[0]}-{piece[1]}.f32"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save_tensors(state: State, file: BinaryIO) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # torch's writer hides the system's error behind its own
+        raise (
+            error.__context__
+            if isinstance(error.__context__, OSError)
+            else OSError(f"the tensors cannot be written: {error}")
+        ) from error
+
+
+def _parts(agent: Any) -> dict[str, Any]:
+    """What changes in an agent, by attribute: modules, optimizers and lists of generators."""
+    parts: dict[int, tuple[str, Any]] = {}
+    for name, value in vars(agent).items():
+        streams = isinstance(value, list) and all(isinstance(g, torch.Generator) for g in value)
+        if streams or isinstance(value, nn.Module | Optimizer):
+            parts.setdefault(id(value), (name, value))  # `policy` is another name
+    return dict(parts.values())
+
+
+def _load(training: Training, averages: PolicyAverages | None, state: State) -> None:
+    """Put what `training_state` returned back, but for the environments."""
+    for name, part in _parts(training.agent).items():
+        if isinstance(part, list):
+            for generator, position in zip(part, state["agent"][name], strict=True):
+                generator.set_state(position)
+        else:
+            part.load_state_dict(state["agent"][name])
+    for generator, position in zip(training.sampling, state["sampling"], strict=True):
+        generator.set_state(position)
+    if averages:
+        _load_bank(averages.bank, state["averages"]["bank"])
+        averages.timeline.load_state_dict(state["averages"]["timeline"])
+    training.losses = {tag: x.to(training.device) for tag, x in state["losses"].items()}
+    training.evaluations = {
+        scheme: Evaluation(returns.numpy(), lengths.numpy())
+        for scheme, (returns, lengths) in state["evaluations"].items()
+    }
+    clocks = state["clocks"]
+    training.step, training.updates = clocks["step"], clocks["updates"]
+    training.evaluated_at = clocks["evaluated_at"]
+
+
+def _require_fit(name: str, ours: Any, theirs: Any) -> None:
+    """Raise ValueError where a saved value has not the form of the one it is to replace."""
+    if name.endswith("optimizer.state"):  # a new optimizer has no moments yet
+        return
+    if isinstance(ours, Tensor):
+        fits = _form(ours) == _form(theirs)
+    elif isinstance(ours, Mapping):
+        fits = isinstance(theirs, Mapping) and ours.keys() == theirs.keys()
+    else:
+        fits = type(ours) is type(theirs)
+        if fits and isinstance(ours, list | tuple):
+            fits = len(ours) == len(theirs)
+    if not fits:
+        raise ValueError(
+            f"the checkpoint does not fit this training at {name}: {_form(theirs)} there, "
+            f"{_form(ours)} here"
+        )
+    if isinstance(ours, Mapping):
+        for key, value in ours.items():
+            _require_fit(f"{name}.{key}", value, theirs[key])
+    elif isinstance(ours, list | tuple):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            _require_fit(f"{name}.{i}", *pair)
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _bank_state(bank: AverageBank) -> State:
+    """The bank's state with the iterates that wait to be taken in left waiting.
+
+    `state_dict` alone would take them in now, and the averages would have other last bits than
+    those of a run without this checkpoint.
+    """
+    waiting, bank._waiting = bank._waiting, 0
+    state = bank.state_dict() | {"waiting": bank._rows[:waiting].clone()}
+    bank._waiting = waiting
+    return state
+
+
+def _load_bank(bank: AverageBank, state: State) -> None:
+    bank.load_state_dict(state)
+    rows = state["waiting"]
+    bank._rows[: len(rows)] = rows
+    bank._waiting = len(rows)
+    bank._taken -= len(rows)
+
+
+def _own_environments(training: Training) -> list[EpisodeSeeds]:
+    envs: list[EpisodeSeeds] = getattr(training.envs, "envs", [])
+    if not envs or not all(isinstance(env, EpisodeSeeds) for env in envs):
+        raise ValueError("a training on environments of your own has no checkpoints")
+    return envs
+
+
+def _restore_environments(training: Training, saved: State) -> list[str]:
+    """Bring every environment back into its episode, or begin the next one and say so."""
+    training.obs = saved["obs"].numpy().copy()
+    training.ended = saved["ended"].numpy().copy()
+    training.episode_return = saved["return"].numpy().copy()
+    training.episode_length = saved["length"].numpy().copy()
+    training.latest_return = saved["latest_return"].numpy().copy()
+    notes = []
+    envs = _own_environments(training)
+    for i, env in enumerate(envs):
+        member, place = divmod(i, training.config.n_envs)
+        where = f"environment {place} of seed {training.seeds[member]}"
+        env.episode = saved["episode"][i] - 1  # the reset counts it again
+        why = _replay_episode(training, env, i)
+        if why:
+            observed, _ = env.reset()
+            training.obs[member, place] = observed
+            training.episode_return[i] = training.episode_length[i] = 0
+            notes.append(f"{where} begins its next episode: {why}")
+    if "box2d" in type(envs[0].unwrapped).__module__:
+        notes.append(
+            f"{training.config.env_id} carries state from one episode to the next (Box2D): "
+            "it cannot be restored exactly"
+        )
+    return notes
+
+
+def _replay_episode(training: Training, env: EpisodeSeeds, i: int) -> str:
+    """Play an environment's episode again up to where it was; why that failed, or nothing."""
+    n, length = training.config.n_envs, int(training.episode_length[i])
+    member, place = divmod(i, n)
+    if length * n > training.replay.size:
+        return f"the replay buffer does not hold the {length} actions of its episode"
+    obs_dim, action_dim = training.replay.widths[:2]
+    rows = training.replay.last(length * n)[member, place::n]
+    actions = rows[:, obs_dim : obs_dim + action_dim].numpy()
+    if training.interface.discrete:
+        actions = actions[:, 0].astype(np.int64)
+
+    observed, _ = env.reset()
+    total, ended = 0.0, False
+    for action in training.interface.to_env(actions):
+        if ended:
+            return "played again, its episode ends earlier"
+        observed, reward, terminated, truncated, _ = env.step(action)
+        total += float(reward)
+        ended = terminated or truncated
+    same = np.asarray(observed, np.float32).tobytes() == training.obs[member, place].tobytes()
+    if ended or not same or total != training.episode_return[i]:
+        return f"played again, its episode is another one after {length} steps"
+    return ""
