@@ -20,6 +20,20 @@ from torch.utils.tensorboard import SummaryWriter
 from agents.checkpoint import write_whole
 from agents.training import TrainConfig
 
+LAYOUT = {
+    "evaluation": {
+        "last iterate and its averages": [
+            "Multiline",
+            ["eval/(last|uniform50|suffix50|uniform0|ema1)$"],
+        ],
+        "every scheme": ["Multiline", ["eval/.*"]],
+    },
+    "weights": {
+        "distance of averages to the last iterate": ["Multiline", ["averaging/.*"]],
+        "lag of target networks": ["Multiline", ["target/.*"]],
+    },
+}
+"""The charts under TensorBoard's custom scalars."""
 CSV_COLUMNS = ("step", "scheme", "episode", "return", "length")
 
 
@@ -89,9 +103,7 @@ class RunFolder:
         self.writer = SummaryWriter(str(path))
         table = "\n".join(f"| {key} | {value} |" for key, value in self.hyperparameters.items())
         self.writer.add_text("hyperparameters", f"| name | value |\n|---|---|\n{table}")
-        self.writer.add_custom_scalars(
-            {"evaluation": {"last iterate and averages": ["Multiline", ["eval/.*"]]}}
-        )
+        self.writer.add_custom_scalars(LAYOUT)
         self.csv_file = (path / "evaluations.csv").open("w", newline="")
         self.csv = csv.writer(self.csv_file)
         self.csv.writerow(CSV_COLUMNS)

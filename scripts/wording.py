@@ -85,4 +85,6 @@ def finding(c: Comparison, scheme: str) -> str:
         numbers.append(f"sign-flip p {p_value(c.p) if c.p < 0.001 else '= ' + p_value(c.p)}")
     if c.tied:
         numbers.append(f"{percent(c.ties)} of the pairs tied exactly")
-    return f"{averaging(scheme)} {found} on {where}: {', '.join(numbers)}."
+    # Of several environments this is one number: what each of them shows is said below it.
+    over = "on" if len(c.strata) == 1 else "pooled over"
+    return f"{averaging(scheme)} {found} {over} {where}: {', '.join(numbers)}."

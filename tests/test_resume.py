@@ -218,7 +218,8 @@ def test_environments_of_ones_own_have_no_checkpoints(tmp_path):
 
 QUICK = "--total-steps 300 --eval-every 100 --eval-episodes 2 --log-every 50 --device cpu"
 TINY = "--hidden 8 --learning-starts 50 --batch-size 8"
-COMMAND = f"dqn {QUICK} {TINY} --train-every 2 --checkpoint-every 70 --segments 20".split()
+DQN_TINY = "dqn --train-every 2 --gradient-steps 1 --target-update-every 7"
+COMMAND = f"{DQN_TINY} {QUICK} {TINY} --checkpoint-every 70".split()
 
 
 def scalars(folder):
@@ -391,7 +392,7 @@ def test_what_cannot_be_resumed_is_refused_in_one_sentence(
 # Real kills
 
 KILLS = {
-    "dqn": "dqn --env-id CartPole-v1 --n-envs 2 --train-every 2",
+    "dqn": f"{DQN_TINY} --n-envs 2",
     "ddpg": "ddpg --env-id Reacher-v5",
     "sac": "sac --env-id Pendulum-v1 --seeds 1,3 --together",
 }
