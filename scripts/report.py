@@ -75,6 +75,7 @@ p.finding { font-size: 1.1rem; border-left: 4px solid #0072B2; padding-left: .9r
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem .3rem 0; text-align: left; white-space: nowrap;
          border-bottom: 1px solid #e6e6e6; vertical-align: top; }
+td:last-child { white-space: normal; min-width: 7rem; }
 th { border-bottom: 2px solid #999; white-space: normal; vertical-align: bottom; }
 figure { margin: 1.2rem 0; }
 figure img { width: 100%; max-width: 38rem; height: auto; }
