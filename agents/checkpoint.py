@@ -40,7 +40,6 @@ from agents.training import EpisodeSeeds, Training
 from polyak_rl import AverageBank
 
 SCHEMA = 1
-KEPT = 2
 
 State = dict[str, Any]
 
@@ -54,6 +53,7 @@ class Checkpoint:
         number: Its place among the run's checkpoints.
         about: What `Checkpoints` was told about the run.
         training: What was trained, as `describe` says it.
+        versions: Of what decided its bits.
         pieces: First and one past the last transition of each replay file; None without replay.
         sha256: File name -> checksum.
         state: The tensors and plain values.
@@ -141,11 +141,11 @@ class Checkpoints:
         write_whole(self.folder / f"{number:06d}.json", lambda file: file.write(line + body))
 
         kept = {f"{n:06d}.json" for n in (number, self.number)} | {*sums, *self.sha256}
+        self.number, self.pieces, self.sha256 = number, pieces, sums
         for pattern in ("*.json", "*.pt", "replay-*.f32", "*.partial"):
             for path in self.folder.glob(pattern):
                 if path.name not in kept:
                     path.unlink(missing_ok=True)
-        self.number, self.pieces, self.sha256 = number, pieces, sums
 
     def _write_new_transitions(self, sums: dict[str, str]) -> list[tuple[int, int]]:
         """Write what was added since the last checkpoint; the pieces that the ring consists of."""
@@ -239,14 +239,14 @@ def restore(
 
 def describe(training: Training, averages: PolicyAverages | None) -> State:
     """What has to be equal for a checkpoint to fit, as plain values of JSON."""
-    faces = training.interface
+    spaces = training.interface
     record = {
         "algorithm": type(training.agent).__name__,
         "seeds": training.seeds,
         "run": dataclasses.asdict(training.config),
         "agent": dataclasses.asdict(training.agent.config),
-        "observation size": faces.obs_dim,
-        "action size": faces.action_dim,
+        "observation size": spaces.obs_dim,
+        "action size": spaces.action_dim,
         "averages": [*averages.bank.rules] if averages else None,
         "segments": averages.timeline.capacity if averages else None,
     }
