@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-full compare tensorboard clean
+.PHONY: train test test-full compare tensorboard docs clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ compare: $(VENV)/installed  ## the experiment at its smallest, to its report
 
 tensorboard: $(VENV)/installed  ## the curves of every run under runs/
 	$(BIN)/tensorboard --logdir runs
+
+docs: $(VENV)/installed  ## the API reference, to build/docs/index.html
+	$(BIN)/python -m scripts.docs build/docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

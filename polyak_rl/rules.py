@@ -27,7 +27,15 @@ from typing import Any
 
 
 class Rule:
-    """What the rules below have in common; not a rule itself."""
+    """What the rules below have in common; not a rule itself.
+
+    Example:
+        >>> rule = Uniform()
+        >>> isinstance(rule, Rule), rule.gain(4), rule.weights(4)
+        (True, 0.25, [0.25, 0.25, 0.25, 0.25])
+        >>> rule.share(1, 4)     # the first iterate of four
+        0.25
+    """
 
     def gain(self, k: int, every: int = 1) -> float:
         """The weight of the newest iterate at update ``k``."""

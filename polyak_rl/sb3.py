@@ -69,6 +69,13 @@ def acting_network(model: BaseAlgorithm) -> tuple[nn.Module, Optimizer]:
 
     Raises:
         ValueError: the policy has no optimizer.
+
+    Example:
+        >>> from stable_baselines3 import DQN
+        >>> model = DQN("MlpPolicy", "CartPole-v1", buffer_size=100, device="cpu")
+        >>> network, optimizer = acting_network(model)
+        >>> network is model.q_net
+        True
     """
     policy = model.policy
     # SAC, TD3, DDPG; DQN; QR-DQN. Elsewhere one optimizer trains one network.
@@ -103,6 +110,20 @@ class PolicyAverages:
     Raises:
         ValueError: a ``Tail`` without timeline, no rules and no timeline, or what
             :class:`polyak_rl.AverageBank` and :class:`polyak_rl.Timeline` refuse.
+
+    Example:
+        >>> from polyak_rl import Tail, Uniform
+        >>> policy = nn.Linear(1, 1, bias=False)
+        >>> averages = PolicyAverages(policy, {"uniform": Uniform()})
+        >>> for value in (1.0, 2.0, 6.0):
+        ...     _ = nn.init.constant_(policy.weight, value)     # a gradient step
+        ...     averages.update()
+        >>> with averages.applied("uniform"):
+        ...     print(policy.weight.item())
+        3.0
+        >>> with averages.applied(Tail(2 / 3)):     # any other rule, from the timeline
+        ...     print(policy.weight.item())
+        4.0
     """
 
     def __init__(
@@ -189,6 +210,13 @@ def averages_of(model: BaseAlgorithm) -> PolicyAverages:
 
     Raises:
         ValueError: the model was never trained with one.
+
+    Example:
+        >>> from stable_baselines3 import PPO
+        >>> model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=1, device="cpu")
+        >>> _ = model.learn(64, callback=PolyakAveragingCallback())
+        >>> list(averages_of(model).rules)
+        ['uniform', 'tail50', 'ema']
     """
     if model not in _averages:
         raise ValueError(

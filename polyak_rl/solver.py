@@ -25,6 +25,13 @@ class PolyakSGDState(NamedTuple):
     """What `PolyakSGDSolver` carries from one update to the next.
 
     `value`, `error` and `aux` belong to the parameters before the last update.
+
+    Example:
+        >>> solver = PolyakSGDSolver(lambda x: x.square().sum())
+        >>> x = torch.tensor([3.0, 4.0])
+        >>> x, state = solver.update(x, solver.init_state(x))
+        >>> state.iter_num, state.value, state.error, state.stepsize
+        (1, tensor(25.), tensor(10.), tensor(0.2500))
     """
 
     iter_num: int
@@ -38,7 +45,14 @@ class PolyakSGDState(NamedTuple):
 
 
 class OptStep(NamedTuple):
-    """Parameters and the state that belongs to them."""
+    """Parameters and the state that belongs to them.
+
+    Example:
+        >>> solver = PolyakSGDSolver(lambda x: x.square().sum(), maxiter=1)
+        >>> step = solver.run(torch.tensor([3.0, 4.0]))
+        >>> step.params, step.state.iter_num
+        (tensor([1.5000, 2.0000]), 1)
+    """
 
     params: Tree
     state: PolyakSGDState
