@@ -26,12 +26,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.limits import check
 from agents.networks import Critic, DeterministicActor
-from agents.optimizers import Name, take_step, value_optimizer
+from agents.optimizers import Adam, Name, take_step, value_optimizer
 from agents.replay import Batch
 from agents.seeding import Purpose, generators
 from polyak_rl import TargetNetwork, flatten_
@@ -97,7 +96,7 @@ class DDPG:
         self.actor_flat = flatten_(self.actor, members=len(seeds))
         self.critic_flat = flatten_(self.critic, members=len(seeds))
         lr = config.learning_rate
-        self.actor_optimizer = torch.optim.Adam(self.actor_flat.parameters, lr=lr, fused=True)
+        self.actor_optimizer = Adam(self.actor_flat.parameters, lr=lr)
         self.critic_optimizer = value_optimizer(config.optimizer, self.critic_flat, lr)
         self.actor_target = TargetNetwork(self.actor, tau=config.tau)
         self.critic_target = TargetNetwork(self.critic, tau=config.tau)
@@ -105,7 +104,6 @@ class DDPG:
         self.policy: nn.Module = self.actor
         self.targets = {"actor": self.actor_target, "critic": self.critic_target}
         self.optimizers = [self.critic_optimizer, self.actor_optimizer]
-        self._actor_parameters = list(self.actor.parameters())
 
     def charts(self, step: int) -> dict[str, float]:
         """What the schedules say at an environment step: there are none."""
@@ -125,7 +123,7 @@ class DDPG:
         return (action + self.config.noise_std * noise).clamp(-1, 1)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step of every agent on its own batch; returns tags with a value [S] each."""
+        """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma Q'(s', mu'(s')), and r alone where s' is terminal
@@ -133,24 +131,24 @@ class DDPG:
             q_next = self.critic_target(s_next, self.actor_target(s_next)).squeeze(1)  # [S, B]
             y = r + self.config.gamma * (1 - terminated) * q_next
 
-        # critic: L = mean (y - Q(s, a))^2
-        q = self.critic(s, a).squeeze(1)
-        critic_loss = F.mse_loss(q, y, reduction="none").mean(-1)  # [S]
-        self.critic_flat.zero_grad()
-        critic_loss.sum().backward()  # type: ignore[no-untyped-call]
-        take_step(self.critic_optimizer, critic_loss.sum())
+        # critic: L = mean (y - Q(s, a))^2, whose slope in Q(s, a) is 2 (Q(s, a) - y) / B
+        q, pullback = self.critic.vjp(s, a)  # [S, 1, B]
+        error = q - y.unsqueeze(1)
+        critic_loss = error.square()
+        pullback(error.mul_(2 / q.shape[-1]))
+        take_step(self.critic_optimizer, critic_loss)
 
         # actor: the policy gradient, J = mean Q(s, mu(s)); the critic gets no gradient from it
-        actor_loss = -self.critic(s, self.actor(s)).squeeze(1).mean(-1)  # [S]
+        actor_loss = -self.critic(s, self.actor(s), frozen=True).squeeze(1).mean(-1)  # [S]
         self.actor_flat.zero_grad()
-        actor_loss.sum().backward(inputs=self._actor_parameters)
+        actor_loss.sum().backward()
         self.actor_optimizer.step()
 
         # theta' <- tau theta + (1 - tau) theta'
         self.critic_target.update()
         self.actor_target.update()
         return {
-            "losses/qf_loss": critic_loss.detach(),
-            "losses/q_values": q.detach().mean(-1),
+            "losses/qf_loss": critic_loss,
+            "losses/q_values": q,
             "losses/actor_loss": actor_loss.detach(),
         }

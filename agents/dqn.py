@@ -8,6 +8,7 @@ van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461.
 | Q(s, a; theta) | `q` |
 | Q^(s, a; theta^-), reset to theta every C updates | `q_target`, `target_update_every` |
 | D, replay memory of N transitions | the training loop's `Replay`, `buffer_size` |
+| the network and the memory of images | `agents/pixels.py`, where observations are images |
 | epsilon, annealed linearly | `epsilon(step)` |
 | y_j | `y` in `update` |
 
@@ -20,6 +21,7 @@ Deviations, all shared with Stable-Baselines3, whose defaults these are:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from agents.limits import check
 from agents.networks import QNetwork
 from agents.optimizers import Name, take_step, value_optimizer
+from agents.pixels import PixelQNetwork
 from agents.replay import Batch
 from agents.seeding import Purpose, generators
 from polyak_rl import TargetNetwork, flatten_
@@ -64,7 +67,7 @@ class DQNConfig:
     exploration_fraction: float = 0.1
     """share of all environment steps over which epsilon is annealed"""
     hidden: tuple[int, ...] = (64, 64)
-    """units of each hidden layer"""
+    """units of each hidden layer; on images, of those behind the convolutions"""
     max_grad_norm: float = 10.0
     """L2 norm to which a gradient is clipped"""
     double: bool = False
@@ -75,7 +78,7 @@ class DQN:
     """S independent DQN agents, one per seed.
 
     Args:
-        obs_dim: Size O of an observation.
+        obs_dim: Size O of an observation; of a stack of images (frames, height, width).
         action_dim: Number of actions.
         config: Hyper-parameters.
         seeds: One training seed per agent.
@@ -85,7 +88,7 @@ class DQN:
 
     def __init__(
         self,
-        obs_dim: int,
+        obs_dim: int | tuple[int, int, int],
         action_dim: int,
         config: DQNConfig,
         seeds: Sequence[int],
@@ -99,7 +102,8 @@ class DQN:
         self.exploration = generators(Purpose.EXPLORATION, seeds, device)
 
         init = generators(Purpose.INIT, seeds)
-        self.q = QNetwork(obs_dim, action_dim, config.hidden, init).to(device)
+        network: Any = PixelQNetwork if isinstance(obs_dim, tuple) else QNetwork
+        self.q: QNetwork = network(obs_dim, action_dim, config.hidden, init).to(device)
         self.flat = flatten_(self.q, members=len(seeds))
         self.optimizer = value_optimizer(config.optimizer, self.flat, config.learning_rate)
         self.q_target = TargetNetwork(self.q, tau=config.tau, every=config.target_update_every)
@@ -135,7 +139,7 @@ class DQN:
         return torch.where(coin < self.epsilon(step), random, self.q.act(obs))
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step of every agent on its own batch; returns tags with a value [S] each."""
+        """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma max_a' Q^(s', a'), and r alone where s' is terminal
@@ -148,15 +152,16 @@ class DQN:
                 q_next = q_next.amax(-1)
             y = r + self.config.gamma * (1 - terminated) * q_next  # [S, B]
 
-        # L = mean Huber(y - Q(s, a))
-        q = self.q(s).gather(-1, a.long()).squeeze(-1)  # [S, B]
-        loss = F.smooth_l1_loss(q, y, reduction="none").mean(-1)  # [S]
-
-        self.flat.zero_grad()
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+        # L = mean Huber(y - Q(s, a)), whose slope in Q(s, a) is the error clipped to [-1, 1]
+        values, pullback = self.q.vjp(s)  # [S, B, actions]
+        a = a.long()  # [S, B, 1]
+        q = values.gather(-1, a).squeeze(-1)  # [S, B]
+        loss = F.smooth_l1_loss(q, y, reduction="none")
+        slope = (q - y).clamp_(-1, 1).div_(q.shape[1])
+        pullback(torch.zeros_like(values).scatter_(-1, a, slope.unsqueeze(-1)))
         self.flat.clip_grad_norm_(self.config.max_grad_norm)
-        take_step(self.optimizer, loss.sum())
+        take_step(self.optimizer, loss)
 
         # every C gradient steps: theta^- <- theta
         self.q_target.update()
-        return {"losses/td_loss": loss.detach(), "losses/q_values": q.detach().mean(-1)}
+        return {"losses/td_loss": loss, "losses/q_values": q}

@@ -53,14 +53,15 @@ class Evaluator:
         while len(self.envs) < slots:
             self.envs.append(make_env(self.env_id))
 
-        obs = np.zeros((slots, self.interface.obs_dim), dtype=np.float32)
+        shape = self.interface.obs_shape
+        obs = np.zeros((slots, *shape), dtype=self.interface.obs_dtype)
         for slot, seed in enumerate(episode_seeds.ravel().tolist()):
             obs[slot] = self.envs[slot].reset(seed=seed)[0]
         returns = np.zeros(slots)
         lengths = np.zeros(slots, dtype=np.int64)
         playing = np.ones(slots, dtype=bool)
         while playing.any():
-            batch = torch.from_numpy(obs).to(self.device).view(members, episodes, -1)
+            batch = torch.from_numpy(obs).to(self.device).view(members, episodes, *shape)
             action = policy.act(batch).flatten(0, 1).cpu().numpy()  # type: ignore[operator]
             action = self.interface.to_env(action)
             for slot in np.flatnonzero(playing).tolist():
@@ -68,8 +69,8 @@ class Evaluator:
                 returns[slot] += float(reward)
                 lengths[slot] += 1
                 playing[slot] = not (terminated or truncated)
-        shape = (members, episodes)
-        return Evaluation(returns.reshape(shape), lengths.reshape(shape))
+        by_member = (members, episodes)
+        return Evaluation(returns.reshape(by_member), lengths.reshape(by_member))
 
     def close(self) -> None:
         """Close the environments."""

@@ -11,8 +11,9 @@ sizes are multiples of 4 and the weights lie in flat memory (`polyak_rl.flatten_
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from polyak_rl import flatten_
 
 LOG_STD_MIN = -20.0
 LOG_STD_MAX = 2.0
+
+Pullback = Callable[[Tensor], None]
+
+relu_backward_ = torch.ops.aten.threshold_backward.grad_input
 
 
 class Linear(nn.Module):
@@ -54,25 +59,138 @@ class Linear(nn.Module):
         self.bias = draw(1, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply each member's map to its own batch.
+        """Apply each member's map to its own batch."""
+        return affine(x, self.weight, self.bias)
 
-        The forms are one product; which one is fast, and gives one member and several the same
-        bits on CPU, depends on the shape (measured, and held by tests).
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x W + b` for each member: [M, B, in], [M, in, out], [M, 1, out] -> [M, B, out].
+
+    The forms are one product; which one is fast, and gives one member and several the same bits on
+    CPU, depends on the shape (measured, and held by tests).
+    """
+    outputs, rows = weight.shape[-1], x.shape[1]
+    if outputs >= 8 and outputs % 4 == 0:
+        return torch.baddbmm(bias, x, weight)
+    if outputs == 1 or rows == 1:
+        return (weight.mT @ x.mT).mT + bias
+    return torch.baddbmm(bias.mT, weight.mT, x.mT).mT
+
+
+class MLP(nn.Sequential):
+    """Linear layers with a ReLU between each two: x [M, B, in] -> [M, B, out].
+
+    Its gradients are written out: contiguous, and none that nobody asked for. The inherited
+    `nn.Sequential.forward` is the same map, layer by layer.
+
+    Args:
+        sizes: Of the input, of each hidden layer and of the output.
+        generators: One per member, for the first weights.
+    """
+
+    def __init__(self, sizes: Sequence[int], generators: Sequence[torch.Generator]) -> None:
+        linear = [Linear(*pair, generators) for pair in pairwise(sizes)]
+        layers = [layer for each in linear for layer in (each, nn.ReLU(inplace=True))]
+        super().__init__(*layers[:-1])
+        self._linear = linear
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """The outputs; `frozen` weights get no gradient, only the inputs do."""
+        weights = self._weights(frozen)
+        if torch.is_grad_enabled():
+            y: Tensor = _Layers.apply(x, *weights)  # type: ignore[no-untyped-call]
+            return y
+        return activations(x, weights)[-1]
+
+    def vjp(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        """The outputs, and a function that takes a loss's slopes in them to the weights' gradients.
+
+        It is `forward` and `backward` without autograd's record of them, which costs more than the
+        products of a small network.
+
+        Returns:
+            y [M, B, out] without a graph, and a function of dL/dy, of the same shape, that sets
+            `.grad` of each weight; what was there is overwritten.
         """
-        outputs, rows = self.weight.shape[-1], x.shape[1]
-        if outputs >= 8 and outputs % 4 == 0:
-            return torch.baddbmm(self.bias, x, self.weight)
-        if outputs == 1 or rows == 1:
-            return (self.weight.mT @ x.mT).mT + self.bias
-        return torch.baddbmm(self.bias.mT, self.weight.mT, x.mT).mT
+        weights = self._weights(frozen=True)
+        *h, y = activations(x, weights)
+
+        def pullback(dy: Tensor) -> None:
+            parameters = self._weights()
+            gradients = [parameter.grad for parameter in parameters]
+            _, *gradients = chain_rule(
+                dy, h, weights[::2], [False, *[True] * len(weights)], gradients
+            )
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+
+        return y, pullback
+
+    def _weights(self, frozen: bool = False) -> list[Tensor]:
+        weights = [p for layer in self._linear for p in (layer.weight, layer.bias)]
+        return [p.detach() for p in weights] if frozen else [*weights]
 
 
-def mlp(sizes: Sequence[int], generators: Sequence[torch.Generator]) -> nn.Sequential:
-    """Linear layers of these sizes with a ReLU between each two."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [Linear(inputs, outputs, generators), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+def activations(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """x, the output of each hidden layer, and the outputs; weight and bias of a layer by turns."""
+    h = [x]
+    for i in range(0, len(weights) - 2, 2):
+        h.append(affine(h[-1], weights[i], weights[i + 1]).relu_())
+    h.append(affine(h[-1], *weights[-2:]))
+    return h
+
+
+def chain_rule(
+    dy: Tensor,
+    h: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    wanted: Sequence[bool],
+    out: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients in x and in each layer's weight and bias.
+
+    dL/dW_i = h_i^T dy_i,  dL/db_i = sum_B dy_i,  dy_{i-1} = (dy_i W_i^T) [h_i > 0].
+
+    Args:
+        dy: The slopes in the outputs.
+        h: The input of each layer.
+        weights: The weight of each layer.
+        wanted: Whether x's and each weight's and bias's gradient is wanted.
+        out: Where the weights' and biases' gradients go; None makes a new tensor.
+    """
+    gradients: list[Tensor | None] = [None] * len(wanted)
+    for i in reversed(range(len(h))):
+        weight, bias = 2 * i + 1, 2 * i + 2
+        if wanted[weight]:
+            gradients[weight] = torch.bmm(h[i].mT, dy, out=out[weight - 1])
+        if wanted[bias]:
+            gradients[bias] = torch.sum(dy, 1, keepdim=True, out=out[bias - 1])
+        if i == 0 and not wanted[0]:
+            break
+        # one output: a column times a row, which a product of matrices is slow at
+        dy = (torch.mul if dy.shape[-1] == 1 else torch.bmm)(dy, weights[i].mT)
+        if i > 0:
+            relu_backward_(dy, h[i], 0, grad_input=dy)
+        else:
+            gradients[0] = dy
+    return gradients
+
+
+class _Layers(torch.autograd.Function):
+    """An MLP as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        *h, y = activations(x, weights)
+        ctx.save_for_backward(*h, *weights[::2])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        layers, wanted = len(saved) // 2, ctx.needs_input_grad
+        nowhere = [None] * (len(wanted) - 1)
+        return (*chain_rule(dy, saved[:layers], saved[layers:], wanted, nowhere),)
 
 
 class QNetwork(nn.Module):
@@ -86,12 +204,17 @@ class QNetwork(nn.Module):
         generators: Sequence[torch.Generator],
     ) -> None:
         super().__init__()
-        self.net = mlp((obs_dim, *hidden, action_dim), generators)
+        self.net: nn.Module = MLP((obs_dim, *hidden, action_dim), generators)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Values of all actions."""
         q: Tensor = self.net(obs)
         return q
+
+    def vjp(self, obs: Tensor) -> tuple[Tensor, Pullback]:
+        """Values of all actions, and how their slopes reach the weights; see `MLP.vjp`."""
+        pulled: tuple[Tensor, Pullback] = self.net.vjp(obs)  # type: ignore[operator]
+        return pulled
 
     def act(self, obs: Tensor) -> Tensor:
         """The greedy actions [S, B], as integers."""
@@ -110,7 +233,7 @@ class DeterministicActor(nn.Module):
         generators: Sequence[torch.Generator],
     ) -> None:
         super().__init__()
-        self.net = mlp((obs_dim, *hidden, action_dim), generators)
+        self.net = MLP((obs_dim, *hidden, action_dim), generators)
 
     def forward(self, obs: Tensor) -> Tensor:
         """The actions."""
@@ -135,7 +258,7 @@ class GaussianActor(nn.Module):
         generators: Sequence[torch.Generator],
     ) -> None:
         super().__init__()
-        self.net = mlp((obs_dim, *hidden, 2 * action_dim), generators)
+        self.net = MLP((obs_dim, *hidden, 2 * action_dim), generators)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation of u, [S, B, A] each."""
@@ -184,15 +307,24 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         members = [generator for generator in generators for _ in range(n)]
-        self.net = mlp((obs_dim + action_dim, *hidden, 1), members)
+        self.net = MLP((obs_dim + action_dim, *hidden, 1), members)
         self.n = n
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Values of the given actions under every critic."""
-        x = torch.cat((obs, action), dim=-1)  # [S, B, O + A]
-        x = x.repeat_interleave(self.n, dim=0) if self.n > 1 else x  # [S * n, B, O + A]
-        q: Tensor = self.net(x)
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        """Values of the given actions under every critic; `frozen` ones get no gradient."""
+        q: Tensor = self.net(self._inputs(obs, action), frozen)
         return q.view(-1, self.n, q.shape[1])
+
+    def vjp(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Pullback]:
+        """Values, and how their slopes [S, n, B] reach the weights; see `MLP.vjp`."""
+        q, pullback = self.net.vjp(self._inputs(obs, action))
+        return q.view(-1, self.n, q.shape[1]), lambda slopes: pullback(slopes.view_as(q))
+
+    def _inputs(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat((obs, action), dim=-1)  # [S, B, O + A]
+        if self.n == 1:
+            return x
+        return x.unsqueeze(1).expand(-1, self.n, -1, -1).flatten(0, 1)  # [S * n, B, O + A]
 
 
 def stack_members(policy: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> nn.Module:

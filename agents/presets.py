@@ -80,6 +80,23 @@ PRESETS: dict[str, dict[str, tuple[int, Mapping[str, Any]]]] = {
                 "hidden": (256, 256),
             },
         ),
+        # zoo, dqn.yml, atari; 1000 env steps are 250 gradient steps. Pong has no lives, and its
+        # rewards are -1, 0 and 1, so they need not be clipped as there.
+        "ALE/Pong-v5": (
+            10_000_000,
+            {
+                "learning_rate": 1e-4,
+                "batch_size": 32,
+                "buffer_size": 100_000,
+                "learning_starts": 100_000,
+                "target_update_every": 250,
+                "train_every": 4,
+                "gradient_steps": 1,
+                "epsilon_end": 0.01,
+                "exploration_fraction": 0.1,
+                "hidden": (512,),
+            },
+        ),
     },
     "ddpg": {
         # zoo, ddpg.yml

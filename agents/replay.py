@@ -109,6 +109,15 @@ class Replay:
         index = torch.arange(self.added - n, self.added, device=self.rows.device) % self.capacity
         return self.rows[:, index].cpu()
 
+    def dump(self, n: int) -> bytes:
+        """The newest n transitions for a file: float32 rows [S, n, D], little-endian."""
+        return self.last(n).numpy().astype("<f4", copy=False).tobytes()
+
+    def load(self, data: bytes, n: int) -> None:
+        """Store n transitions from `dump`."""
+        rows = np.frombuffer(data, dtype="<f4").astype(np.float32)
+        self.append(torch.from_numpy(rows.reshape(len(self.rows), n, -1)).to(self.rows.device))
+
     def sample(self, batch_size: int, generators: Sequence[torch.Generator]) -> Batch:
         """Draw `batch_size` transitions of every seed, each with that seed's generator.
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from agents.limits import check
 from agents.networks import Critic, GaussianActor
-from agents.optimizers import Name, take_step, value_optimizer
+from agents.optimizers import Adam, Name, take_step, value_optimizer
 from agents.replay import Batch
 from agents.seeding import Purpose, generators
 from polyak_rl import TargetNetwork, flatten_
@@ -112,7 +112,7 @@ class SAC:
         self.critic_flat = flatten_(self.critic, members=2 * len(seeds))
         self.temperature_flat = flatten_(self.temperature, members=len(seeds))
         self.actor_optimizer, self.temperature_optimizer = (
-            torch.optim.Adam(flat.parameters, lr=config.learning_rate, fused=True)
+            Adam(flat.parameters, lr=config.learning_rate)
             for flat in (self.actor_flat, self.temperature_flat)
         )
         self.critic_optimizer = value_optimizer(
@@ -127,7 +127,6 @@ class SAC:
             self.critic_optimizer,
             self.actor_optimizer,
         ]
-        self._actor_parameters = list(self.actor.parameters())
 
     def charts(self, step: int) -> dict[str, float]:
         """What the schedules say at an environment step: there are none."""
@@ -145,7 +144,7 @@ class SAC:
         return torch.tanh(mean + log_std.exp() * noise)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step of every agent on its own batch; returns tags with a value [S] each."""
+        """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
         s, a, r, terminated, s_next = batch
         noise = self._noise(self.reparameterisation, (2, *a.shape[1:]), a.device)  # [S, 2, B, A]
 
@@ -168,27 +167,27 @@ class SAC:
             q_next = self.critic_target(s_next, a_next).amin(1)  # [S, B]
             y = r + self.config.gamma * (1 - terminated) * (q_next - alpha * log_pi_next)
 
-        # critics: J(theta) = sum_i mean 1/2 (Q_i(s, a) - y)^2
-        q = self.critic(s, a)  # [S, 2, B]
-        critic_loss = 0.5 * (q - y.unsqueeze(1)).square().mean(-1).sum(-1)  # [S]
-        self.critic_flat.zero_grad()
-        critic_loss.sum().backward()
-        take_step(self.critic_optimizer, critic_loss.sum())
+        # critics: J(theta) = sum_i mean 1/2 (Q_i(s, a) - y)^2, slope (Q_i(s, a) - y) / B
+        q, pullback = self.critic.vjp(s, a)  # [S, 2, B]
+        error = q - y.unsqueeze(1)
+        critic_loss = 0.5 * error.square().sum(1)  # [S, B]
+        pullback(error.div_(q.shape[-1]))
+        take_step(self.critic_optimizer, critic_loss)
 
         # actor: J(phi) = mean alpha log pi(a_pi|s) - min_i Q_i(s, a_pi); no gradient to the critics
-        q_pi = self.critic(s, a_pi).amin(1)  # [S, B]
+        q_pi = self.critic(s, a_pi, frozen=True).amin(1)  # [S, B]
         actor_loss = (alpha * log_pi - q_pi).mean(-1)  # [S]
         self.actor_flat.zero_grad()
-        actor_loss.sum().backward(inputs=self._actor_parameters)
+        actor_loss.sum().backward()
         self.actor_optimizer.step()
 
         # thetabar_i <- tau theta_i + (1 - tau) thetabar_i
         self.critic_target.update()
         return {
-            "losses/qf_loss": critic_loss.detach(),
-            "losses/q_values": q.detach().mean((1, 2)),
+            "losses/qf_loss": critic_loss,
+            "losses/q_values": q,
             "losses/actor_loss": actor_loss.detach(),
-            "losses/alpha": alpha.squeeze(-1),
+            "losses/alpha": alpha,
             "losses/alpha_loss": alpha_loss.detach(),
         }
 

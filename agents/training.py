@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from agents.evaluation import Evaluation, Evaluator
 from agents.limits import check
 from agents.networks import stack_members
+from agents.pixels import FrameReplay
 from agents.presets import ALGORITHMS
 from agents.replay import Batch, Replay
 from agents.seeding import Purpose, episode_seed, evaluation_seeds, generators
@@ -36,7 +37,7 @@ class Agent(Protocol):
         ...
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step; tags with a value [S] each, left on the device."""
+        """One gradient step; tags with values [S, ...], left on the device, shown by their means."""
         ...
 
     def charts(self, step: int) -> dict[str, float]:
@@ -129,7 +130,7 @@ class Training:
         updates: Gradient steps taken.
         recorders: Called after every gradient step; averages of the policy's weights go here.
         schemes: Name -> function that returns policy weights; each is evaluated. "last" is there.
-        diagnostics: Functions that return tags with a value [S] each, called for a log line.
+        diagnostics: Functions that return tags with values [S], called for a log line.
         stopping: Set it to end `run` after the step under way.
 
     Raises:
@@ -171,7 +172,8 @@ class Training:
         self.agent: Agent = agent_class(
             obs_dim, action_dim, agent_config, self.seeds, self.device, config.total_steps
         )
-        self.replay = Replay(
+        replay_class: Any = FrameReplay if isinstance(obs_dim, tuple) else Replay
+        self.replay: Replay = replay_class(
             capacity=max(config.n_envs, min(agent_config.buffer_size, config.total_steps)),
             obs_dim=obs_dim,
             action_dim=1 if self.interface.discrete else action_dim,
@@ -203,7 +205,7 @@ class Training:
         n = len(self.seeds) * config.n_envs
         first = [episode_seed(s, i, 0) for s in self.seeds for i in range(config.n_envs)]
         observed, _ = self.envs.reset(seed=first)  # type: ignore[arg-type]
-        self.obs = self._observations(observed)  # [S, n_envs, O]
+        self.obs = self._observations(observed)  # [S, n_envs, *obs_shape]
         self.ended = np.zeros(n, dtype=bool)
         self.episode_return = np.zeros(n)
         self.episode_length = np.zeros(n, dtype=np.int64)
@@ -286,7 +288,7 @@ class Training:
             # `observed` already begins the next episode there; the transition ends in the old one
             next_obs = next_obs.copy()
             for i in np.flatnonzero(ended):
-                next_obs.reshape(len(ended), -1)[i] = info["final_obs"][i]
+                next_obs.reshape(observed.shape)[i] = info["final_obs"][i]
 
         reward = reward.reshape(action.shape[:2])[:, real]  # [S, n]
         terminated = terminated.reshape(action.shape[:2])[:, real]
@@ -325,7 +327,7 @@ class Training:
         step, now = self.logged_at
         charts = self.agent.charts(self.step)
         charts["charts/SPS"] = (self.step - step) / (time.perf_counter() - now)
-        tensors = dict(self.losses)
+        tensors = {tag: x.flatten(1).mean(1) for tag, x in self.losses.items()}
         for name, target in self.agent.targets.items():
             lag = target.lag(members=True)  # twin critics are two members of a seed
             tensors[f"target/lag/{name}"] = lag.view(len(self.seeds), -1).mean(1)
@@ -336,9 +338,9 @@ class Training:
             log.scalars(self.step, charts | dict(zip(tensors, row, strict=True)))
         self.logged_at = (self.step, time.perf_counter())
 
-    def _observations(self, observed: NDArray[Any]) -> NDArray[np.float32]:
-        obs = np.asarray(observed, dtype=np.float32)
-        return obs.reshape(len(self.seeds), self.config.n_envs, -1)
+    def _observations(self, observed: NDArray[Any]) -> NDArray[Any]:
+        obs = np.asarray(observed, dtype=self.interface.obs_dtype)
+        return obs.reshape(len(self.seeds), self.config.n_envs, *self.interface.obs_shape)
 
 
 def _vector_env(config: TrainConfig, seeds: Sequence[int]) -> SyncVectorEnv:

@@ -34,6 +34,14 @@ class FlatParameter(nn.Parameter):
     Give it to the optimizer in place of ``module.parameters()``: one tensor, one kernel. Its
     gradient is the buffer that ``backward()`` fills; ``zero_grad`` clears it in place. A parameter
     that had no gradient counts as one with a gradient of zero.
+
+    Example:
+        >>> import torch
+        >>> network = torch.nn.Linear(3, 2)
+        >>> (parameter,) = flatten_(network).parameters
+        >>> network(torch.ones(1, 3)).sum().backward()
+        >>> parameter.grad.sum().item()      # six weights and two biases, each with a gradient of 1
+        8.0
     """
 
     gradient: Tensor
@@ -74,6 +82,17 @@ class Flat:
         buffers: all the memory, ``[P]`` or ``[members, P]`` each; frozen parameters have their own.
         layout: where each parameter lies; networks of equal layout update in one kernel a buffer.
         members: the size of the leading dimension, None where there is none.
+
+    Example:
+        >>> import torch
+        >>> network = torch.nn.Linear(3, 2)
+        >>> flat = flatten_(network)
+        >>> network(torch.ones(1, 3)).sum().backward()
+        >>> print(f"{flat.clip_grad_norm_(max_norm=1.0):.4f}")     # the norm before clipping
+        2.8284
+        >>> flat.zero_grad()
+        >>> network.weight.grad.any().item()
+        False
     """
 
     def __init__(
@@ -125,13 +144,11 @@ class Flat:
                 "build the optimizer on the result"
             )
 
-    @torch.no_grad()
     def zero_grad(self) -> None:
         """Clear every gradient, one call per buffer."""
         for parameter in self.parameters:
             parameter.grad = None
 
-    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients to an L2 norm of at most ``max_norm``, each member's on its own.
 
@@ -143,9 +160,10 @@ class Flat:
         if len(grads) > 1:
             norms = [torch.linalg.vector_norm(grad, dim=-1).to(norm) for grad in grads]
             norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_'s rule
+        # torch.nn.utils.clip_grad_norm_'s rule
+        scale = (max_norm / (norm + 1e-6)).clamp_(max=1.0).unsqueeze(-1)
         for grad in grads:
-            grad.mul_(scale.to(grad).unsqueeze(-1))
+            grad.mul_(scale if scale.dtype == grad.dtype else scale.to(grad))
         return norm
 
     def _lay(self, group: _Group, entries: list[Entry]) -> None:

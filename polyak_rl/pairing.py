@@ -8,6 +8,8 @@ Everything here runs before the first write: a pairing that cannot be trusted ra
   their type, at any depth. Plain mappings have the textual prefixes of those wrappers stripped
   where that is needed to match, and are refused where it would make two names one.
 - Sequences are matched by position.
+- Sharded tensors (DTensor) are matched with tensors that are sharded alike. What FSDP2 gathered
+  for a forward pass is put back first, so that the shards are what is read and written.
 - Tied tensors are paired once. A target that shares memory with the online network, or with
   itself in part, is refused, and so are swapped arguments where they can be noticed.
 """
@@ -18,8 +20,9 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
-from operator import itemgetter, le
+from operator import is_, itemgetter, le
 from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +84,8 @@ def unwrap(module: nn.Module) -> nn.Module:
 def walk(module: nn.Module, prefix: str = "") -> Iterator[Entry]:
     """Every parameter and buffer by qualified name, wrappers looked through, ties kept."""
     module = unwrap(module)
+    if _is_fsdp(module):
+        module.reshard()  # type: ignore[operator]
     for key, parameter in module._parameters.items():
         if parameter is not None:
             yield Entry(prefix + key, parameter, False, True, module._parameters, key)  # type: ignore[arg-type]
@@ -93,28 +98,53 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[Entry]:
             yield from walk(child, f"{prefix}{key}.")
 
 
+def is_sharded(tensor: object) -> bool:
+    """True for a DTensor, whose class costs 0.8 s to import."""
+    return hasattr(tensor, "_local_tensor")
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """The shard that this process holds of a DTensor; any other tensor as it is."""
+    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return shard
+
+
+def sharding(tensor: Any) -> str:
+    """How a DTensor is laid out, and over which processes."""
+    return f"{[*tensor.placements]} over ranks {tensor.device_mesh.mesh.tolist()}"
+
+
 class Watch:
     """Notices that modules no longer hold the tensors that they were matched with.
 
     ``.to()``, ``.double()``, ``load_state_dict(assign=True)``, a parameter or submodule that was
     replaced, added or deleted: each makes ``intact()`` false. It costs about 0.1 microseconds a
-    tensor and never touches the device.
+    tensor and never touches the device. Parameters that FSDP2 gathered are put back.
     """
 
     def __init__(
         self, *modules: nn.Module, kinds: Iterable[str] = ("_parameters", "_buffers")
     ) -> None:
         inside = [submodule for module in modules for submodule in _submodules(module)]
-        self._registries = [m.__dict__[kind] for m in inside for kind in ("_modules", *kinds)]
+        registries = [m.__dict__[kind] for m in inside for kind in ("_modules", *kinds)]
+        self._empty = [registry for registry in registries if not registry]
+        self._registries = [registry for registry in registries if registry]
         self._before = [dict(registry) for registry in self._registries]
         held = [(r, key, member) for r in self._registries for key, member in r.items()]
         self._tensors = [member for *_, member in held if isinstance(member, Tensor)]
         self._scalars = [x for x in held if isinstance(x[2], Tensor) and x[2].numel() == 1]
-        self._sharded = any(hasattr(tensor, "_local_tensor") for tensor in self._tensors)
+        self._sharded = any(map(is_sharded, self._tensors))
+        self._fsdp = [ref(submodule) for submodule in inside if _is_fsdp(submodule)]
         self._places = self._find()
 
     def intact(self) -> bool:
-        """True while the modules hold the same tensors in the same memory."""
+        """True while the modules hold the same tensors in the same memory.
+
+        Raises:
+            ValueError: a sharded parameter is whole now, and none of the modules can put it back.
+        """
+        if self._sharded:
+            return self._sharded_intact()
         # This runs at every update. Comparing dicts is the fastest look at all members, and ends
         # at their identity if they are the same. Other tensors are compared by value, which
         # raises, but for those of one element.
@@ -122,15 +152,32 @@ class Watch:
             same = self._registries == self._before
         except RuntimeError:
             return False
-        return (
-            same
-            and all(registry[key] is scalar for registry, key, scalar in self._scalars)
-            and self._find() == self._places
-        )
+        if not same or any(self._empty):
+            return False
+        for registry, key, scalar in self._scalars:
+            if registry[key] is not scalar:
+                return False
+        return self._find() == self._places
+
+    def _sharded_intact(self) -> bool:
+        for module in filter(None, [reference() for reference in self._fsdp]):
+            module.reshard()  # type: ignore[operator]
+        for registry, before in zip(self._registries, self._before, strict=True):
+            for key, now in registry.items():
+                if isinstance(now, Tensor) and is_sharded(before.get(key)) > is_sharded(now):
+                    raise ValueError(
+                        f"{key!r} was sharded and is whole now: call reshard() on the module "
+                        "around it that was given to fully_shard"
+                    )
+            # By identity: comparing the values of shards could start a communication.
+            same = all(map(is_, registry.values(), before.values()))
+            if not same or registry.keys() != before.keys():
+                return False
+        return not any(self._empty) and self._find() == self._places
 
     def _find(self) -> list[int]:
         if self._sharded:
-            return [_local(tensor).data_ptr() for tensor in self._tensors]
+            return [shard_of(tensor).data_ptr() for tensor in self._tensors]
         return [*map(Tensor.data_ptr, self._tensors)]
 
 
@@ -192,10 +239,10 @@ def _submodules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _submodules(child)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The shard that this process holds of a DTensor; any other tensor as it is."""
-    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return shard
+def _is_fsdp(module: nn.Module) -> bool:
+    """True for what ``fully_shard`` (FSDP2) was called on; without an import, as in unwrap()."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
 
 
 def _pair(target: Network, online: Network) -> list[Pair]:
@@ -343,8 +390,17 @@ def _check_pair(pair: Pair) -> None:
         raise ValueError(
             f"{name!r} must be dense, got {target.layout} in target and {online.layout} in online"
         )
-    if hasattr(target, "_local_tensor") != hasattr(online, "_local_tensor"):
-        raise ValueError(f"{name!r} must be sharded in both networks or in neither")
+    sharded = is_sharded(target)
+    if sharded != is_sharded(online):
+        raise ValueError(
+            f"{name!r} must be sharded in both networks or in neither, got it sharded in "
+            f"{'target' if sharded else 'online'} only"
+        )
+    if sharded and sharding(target) != sharding(online):
+        raise ValueError(
+            f"{name!r} must be sharded alike in both networks, got {sharding(target)} in target "
+            f"and {sharding(online)} in online"
+        )
     if target.dtype is not online.dtype and _kind(target) != _kind(online):
         raise ValueError(
             f"{name!r} must hold one kind of number, got {target.dtype} in target and "
@@ -361,15 +417,15 @@ def _kind(tensor: Tensor) -> object:
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
     """Where a tensor's values are: equal for two views that show the same values."""
-    local = _local(tensor)
-    return (local.data_ptr(), tuple(local.shape), local.stride(), local.dtype)
+    shard = shard_of(tensor)
+    return (shard.data_ptr(), tuple(shard.shape), shard.stride(), shard.dtype)
 
 
 def _drop_ties(pairs: list[Pair]) -> list[Pair]:
     """Tied tensors once; a tie that the online network does not have is refused."""
     kept: dict[tuple[object, ...], Pair] = {}
     for pair in pairs:
-        if pair.target.numel() == 0:
+        if shard_of(pair.target).numel() == 0:
             continue
         first = kept.setdefault(_place(pair.target), pair)
         if first is not pair and _place(first.online) != _place(pair.online):

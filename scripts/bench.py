@@ -48,6 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from agents.averaging import PolicyAverages, default_rules
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
+from agents.memory import keep_freed_memory
 from agents.presets import preset
 from agents.sac import SACConfig
 from agents.training import TrainConfig, Training
@@ -117,10 +118,15 @@ class Spread(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """Something to time: what a call does, and how many updates or steps that is."""
+    """Something to time: what a call does, and how many updates or steps that is.
+
+    Ours runs with the allocator as `scripts.train` sets it, a rival with glibc's defaults, as where
+    it runs alone.
+    """
 
     run: Callable[[], object]
     per_call: int = 1
+    rival: bool = False
 
 
 @dataclass
@@ -317,6 +323,7 @@ class Bench:
 
     def _turn(self, contender: Contender, calls: int) -> float:
         run = contender.run
+        keep_freed_memory(not contender.rival)
         self._synchronize()
         start, cpu_start = time.perf_counter(), time.process_time()
         for _ in itertools.repeat(None, calls):
@@ -482,7 +489,7 @@ def steps(bench: Bench) -> None:
         for name, library in ((SB3, sb3), (SBX, sbx(bench.device))):
             if library is not None:
                 model = rival_model(library, algo, env_id, config, bench.device, filled=True)
-                contenders[name] = Contender(rival_learn(model, config, burst), burst)
+                contenders[name] = Contender(rival_learn(model, config, burst), burst, rival=True)
         step_flops = flops(partial(learn, training))
         bench.value(f"{title}: floating-point operations in products", step_flops, "FLOP")
         bench.value(f"{title}: those of its GEMMs alone", flops(contenders[GEMMS].run), "FLOP")
@@ -586,7 +593,7 @@ class Pass:
 
     There: y = x W in each layer. Back: dW = x^T dy where weights are trained, and dx = dy W^T where
     something below wants it. Layers narrower than 8 units, or of a width that is no multiple of 4,
-    are multiplied as their transposes, as `agents.networks.Linear` does.
+    are multiplied as their transposes on the way there, as `agents.networks.affine` does.
 
     Args:
         sizes: units of the input and of each layer.
@@ -612,22 +619,15 @@ class Pass:
             for i, o in pairwise(self.sizes)
         ]
         for x, w, _ in layers:
-            yield product(x, w, w)
+            wide = w.shape[-1] >= 8 and w.shape[-1] % 4 == 0
+            yield partial(torch.bmm, x, w) if wide else partial(torch.bmm, w.mT, x.mT)
         if self.back == "nothing":
             return
         for i, (x, w, dy) in reversed([*enumerate(layers)]):
             if self.back == "weights":
-                yield product(x.mT, dy, w)
+                yield partial(torch.bmm, x.mT, dy)
             if self.back == "inputs" or i > 0:
-                yield product(dy, w.mT, w)
-
-
-def product(left: Tensor, right: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    """A product that belongs to a layer of this weight, by way of the transposes if narrow."""
-    width = weight.shape[-1]
-    if width >= 8 and width % 4 == 0:
-        return partial(torch.bmm, left, right)
-    return partial(torch.bmm, right.mT, left.mT)
+                yield partial(torch.mul if dy.shape[-1] == 1 else torch.bmm, dy, w.mT)
 
 
 def gemms(algo: str, obs: int, action: int, config: Any) -> list[Pass]:
@@ -675,6 +675,7 @@ def loops(bench: Bench) -> None:
                 contenders[name] = Contender(
                     partial(model.learn, burst, log_interval=None, reset_num_timesteps=False),
                     burst,
+                    rival=True,
                 )
         note = (
             f"units {config.hidden}, batch {config.batch_size}, {config.gradient_steps} gradient "

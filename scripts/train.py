@@ -2,6 +2,7 @@
 
     python -m scripts.train dqn --env-id CartPole-v1
     python -m scripts.train sac --env-id Pendulum-v1 --seed 2 --learning-rate 3e-4
+    python -m scripts.train dqn --env-id ALE/Pong-v5  # needs: pip install -e '.[train,atari]'
     python -m scripts.train --resume runs/RUN
 
 The defaults are the preset of the algorithm for the environment (agents/presets.py);
@@ -34,6 +35,7 @@ from agents.averaging import PolicyAverages, default_rules
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
+from agents.memory import keep_freed_memory
 from agents.networks import select_member, stack_members
 from agents.presets import ALGORITHMS, preset
 from agents.sac import SACConfig
@@ -65,8 +67,9 @@ class Options(Generic[AgentConfig]):
     """folder in which each run's folder is made"""
     averages: bool = True
     """keep averages of the policy beside it, and the timeline for scripts.posthoc"""
-    segments: int = 256
-    """segments of the timeline; each takes the memory of the policy's weights in float64"""
+    segments: int | None = None
+    """segments of the timeline; each takes the memory of the policy's weights in float64. None:
+    256, or as many as 512 MiB a seed hold"""
     checkpoint_every: int = 10_000
     """environment steps between two checkpoints for --resume; 0: only at the beginning, at the end
     and when stopped (Ctrl-C, SIGTERM)"""
@@ -241,10 +244,15 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
     if options.video:
         drawn_env(options.run.env_id, "rgb_array").close()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     training = Training(algo, options.agent, options.run, chosen_seeds(options))
     if not options.averages:
         return training, None
-    averages = PolicyAverages(training, default_rules(training.total_updates), options.segments)
+    segments = options.segments
+    if segments is None:
+        weights = sum(p.numel() for p in training.agent.policy.parameters()) // len(training.seeds)
+        segments = max(2, min(256, 2**29 // (16 * weights) * 2))  # even, of float64
+    averages = PolicyAverages(training, default_rules(training.total_updates), segments)
     for name in averages.bank.rules:
         training.schemes[name] = functools.partial(averages.average, name)
     training.diagnostics.append(averages.distances)

@@ -50,8 +50,8 @@ def test_updates_follow_the_algorithm_written_with_plain_torch_in_float64(double
         if k % 3 == 0:
             q_target = copy.deepcopy(q)
 
-        assert tags["losses/td_loss"].item() == pytest.approx(loss.item(), rel=1e-3)
-        assert tags["losses/q_values"].item() == pytest.approx(value.mean().item(), rel=1e-3)
+        assert tags["losses/td_loss"].mean().item() == pytest.approx(loss.item(), rel=1e-3)
+        assert tags["losses/q_values"].mean().item() == pytest.approx(value.mean().item(), rel=1e-3)
         assert_same_weights(agent.q, q)
         assert_same_weights(agent.q_target.module, q_target)
 
@@ -79,7 +79,7 @@ def test_a_terminal_transition_is_worth_its_reward_and_a_truncated_one_bootstrap
     for terminated, y in ((torch.ones(1, 32), r), (torch.zeros(1, 32), r + future)):
         expected = F.smooth_l1_loss(value, y).item()
         tags = make(replace(SMALL, gamma=0.5)).update(Batch(s, a, r, terminated, s_next))
-        assert tags["losses/td_loss"].item() == pytest.approx(expected, rel=1e-5)
+        assert tags["losses/td_loss"].mean().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_epsilon_falls_linearly_over_its_share_of_the_whole_run():
@@ -133,13 +133,13 @@ def test_targets_are_frozen_and_in_no_optimizer():
     assert not optimized & {p.data_ptr() for p in agent.q_target.parameters()}
 
 
-def test_tags_hold_a_detached_value_per_seed():
+def test_tags_hold_detached_values_of_each_seed():
     tags = make(seeds=(0, 1)).update(
         Batch(*(field.repeat(2, *[1] * (field.dim() - 1)) for field in batch()))
     )
     assert set(tags) == {"losses/td_loss", "losses/q_values"}
     for value in tags.values():
-        assert value.shape == (2,)
+        assert value.shape[0] == 2
         assert not value.requires_grad
 
 

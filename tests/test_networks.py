@@ -2,15 +2,16 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from agents.networks import (
     Critic,
     DeterministicActor,
     GaussianActor,
+    MLP,
     Linear,
     QNetwork,
-    mlp,
     select_member,
     stack_members,
 )
@@ -33,6 +34,72 @@ def test_a_linear_layer_is_each_members_own_affine_map(outputs, rows):
     torch.testing.assert_close(layer(x).double(), oracle, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(3, 1), (5, 8, 2), (4, 16, 12, 1), (3, 64, 64, 6)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_one_node_backward_is_that_of_the_layers_one_by_one(sizes, frozen):
+    net = MLP(sizes, gens(0, 1)).double()
+    x = torch.randn(2, 7, sizes[0], generator=gens(9)[0], dtype=torch.float64).requires_grad_()
+    dy = torch.randn(2, 7, sizes[-1], generator=gens(8)[0], dtype=torch.float64)
+    net(x, frozen).backward(dy)
+    ours = [x.grad, *(p.grad for p in net.parameters())]
+    net.zero_grad()
+    x.grad = None
+    torch.testing.assert_close(net(x), nn.Sequential.forward(net, x), rtol=0, atol=0)
+    nn.Sequential.forward(net, x).backward(dy)
+    reference = [x.grad, *(p.grad for p in net.parameters())]
+    assert all(p is None for p in ours[1:]) == frozen
+    for gradient, expected in zip(ours, reference, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+            assert gradient.is_contiguous()
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (5, 8, 2), (4, 16, 12, 1), (3, 64, 64, 6)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_vjp_sets_the_gradients_that_backward_adds(sizes, flat):
+    net = MLP(sizes, gens(0, 1)).double()
+    if flat:
+        flatten_(net, members=2)
+    x = torch.randn(2, 7, sizes[0], generator=gens(9)[0], dtype=torch.float64)
+    dy = torch.randn(2, 7, sizes[-1], generator=gens(8)[0], dtype=torch.float64)
+    y = net(x)
+    net.zero_grad()
+    y.backward(dy)
+    reference = [p.grad.clone() for p in net.parameters()]
+    for _ in range(2):  # what is there is overwritten, not added to
+        value, pullback = net.vjp(x)
+        pullback(dy)
+        assert torch.equal(value, y)
+        assert not value.requires_grad
+        for parameter, expected in zip(net.parameters(), reference, strict=True):
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_vjp_writes_into_flat_gradients_in_place():
+    net = MLP((3, 8, 2), gens(0))
+    (parameter,) = flatten_(net, members=1).parameters
+    places = [p.grad.data_ptr() for p in net.parameters()]
+    _, pullback = net.vjp(torch.ones(1, 7, 3))
+    pullback(torch.ones(1, 7, 2))
+    assert places == [p.grad.data_ptr() for p in net.parameters()]
+    assert parameter.grad.abs().sum() > 0
+
+
+def test_no_gradient_reaches_inputs_that_want_none():
+    net = MLP((3, 8, 2), gens(0))
+    x = torch.randn(1, 7, 3, generator=gens(9)[0])
+    net(x).sum().backward()
+    assert x.grad is None
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    net = MLP((3, 8, 2), gens(0))
+    x = torch.randn(1, 7, 3, generator=gens(9)[0]).requires_grad_()
+    with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
+        torch.autograd.grad(net(x).square().sum(), [x], create_graph=True)
+
+
 def test_initial_weights_follow_torchs_law_for_one_member_not_for_the_stack():
     layer = Linear(100, 50, gens(*range(30)))
     bound = 1 / math.sqrt(100)
@@ -43,7 +110,7 @@ def test_initial_weights_follow_torchs_law_for_one_member_not_for_the_stack():
 
 
 def test_a_members_initial_weights_depend_on_its_seed_alone():
-    together, alone = mlp((3, 8, 2), gens(5, 6)), mlp((3, 8, 2), gens(6))
+    together, alone = MLP((3, 8, 2), gens(5, 6)), MLP((3, 8, 2), gens(6))
     for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
         assert torch.equal(ours[1:], theirs)
         assert not torch.equal(ours[0], ours[1])
