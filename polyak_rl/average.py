@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyak_rl.guard import Guard, all_finite, check_guard
 from polyak_rl.rules import Rule, Tail, Window, describe_rule
 from polyak_rl.target import Buffers
 from polyak_rl.vector import Averages, WeightVector, require_online
@@ -25,6 +26,7 @@ class AverageBank(Averages[str]):
     Iterates are collected in a block and taken in together: one float64 matrix product over flat
     memory moves all averages by up to 32 updates. What is read always includes the last update.
     The network is only read, and no random numbers are drawn: training is the same bit for bit.
+    Of a sharded network (DTensor, FSDP2) each process averages, saves and loads its own shards.
 
     Args:
         module: the network that acts (DQN: Q network, DDPG and SAC: actor).
@@ -35,9 +37,13 @@ class AverageBank(Averages[str]):
             (``"average"``), or a policy by name pattern, as in :func:`polyak_rl.soft_update`.
         compensated: accumulate in pairs of float32 (compensated summation) instead of float64; by
             default on devices that have no float64.
+        guard: ``"finite"`` leaves out an update at which the network has a NaN or an Inf: nothing
+            moves, the clock neither, and ``skipped`` counts it. It reads one number back from the
+            device, so it cannot be captured in a CUDA graph.
 
     Attributes:
         clock: how often :meth:`update` was called.
+        skipped: the calls that the guard left out.
 
     Raises:
         ValueError: no rules, a ``Tail``, or an argument out of range.
@@ -71,6 +77,7 @@ class AverageBank(Averages[str]):
         every: int = 1,
         buffers: Buffers = "copy",
         compensated: bool | None = None,
+        guard: Guard = None,
     ) -> None:
         if not rules:
             raise ValueError("an AverageBank needs at least one rule")
@@ -85,8 +92,9 @@ class AverageBank(Averages[str]):
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         self.rules = dict(rules)
         self.every = every
-        self.clock = 0
+        self.clock = self.skipped = 0
         self._vector = WeightVector(module, buffers)
+        self._guarded = check_guard(guard, module.parameters())
         if compensated is None:
             compensated = self._vector.device.type == "mps"
         self._compensated = compensated
@@ -110,13 +118,15 @@ class AverageBank(Averages[str]):
             self._move()
         row = self._rows[self._waiting]
         self._vector.read(row, self._row_views[self._waiting])
-        self._waiting += 1
+        if self._guarded and not all_finite([row]):
+            self.clock -= 1
+            self.skipped += 1
+            return
         k = self.clock // self.every
         for name, window in self._windows.items():
             if window.fires(k, self.every):
                 self._rings[name][(self._fired(window, k) - 1) % window.size].copy_(row)
-        if self._waiting == len(self._rows):
-            self._take_in()
+        self._wait()
 
     @torch.no_grad()
     def vector(self, name: str) -> Tensor:
@@ -140,17 +150,18 @@ class AverageBank(Averages[str]):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Rules, clock and averages as tensors and plain values."""
-        self._take_in()
+        """Rules, clock, averages and the iterates that wait, as tensors and plain values."""
         return {
             "rules": {name: describe_rule(rule) for name, rule in self.rules.items()},
             "every": self.every,
             "clock": self.clock,
+            "skipped": self.skipped,
             "layout": self._vector.describe(),
             "averages": self._averages.clone(),
             "errors": self._errors.clone(),
             "rings": {name: ring.clone() for name, ring in self._rings.items()},
-            "last": self._rows[0].clone(),
+            "last": self._last().clone(),
+            "waiting": self._rows[: self._waiting].clone(),
         }
 
     @torch.no_grad()
@@ -164,12 +175,15 @@ class AverageBank(Averages[str]):
         for what, mine, theirs in (
             ("rules", ours, state["rules"]),
             ("every", self.every, state["every"]),
-            ("compensated", self._compensated, state["errors"].numel() > 0),
+            ("compensated", len(self._errors) > 0, len(state["errors"]) > 0),
         ):
             if mine != theirs:
                 raise ValueError(f"the saved bank differs in {what}: {theirs} there, {mine} here")
         layout = state["layout"]
-        loaded = {key: self._vector.from_layout(layout, state[key]) for key in ("averages", "last")}
+        loaded = {
+            key: self._vector.from_layout(layout, state[key])
+            for key in ("averages", "last", "waiting")
+        }
         rings = {n: self._vector.from_layout(layout, r) for n, r in state["rings"].items()}
         if self._compensated:
             self._errors.copy_(self._vector.from_layout(layout, state["errors"]))
@@ -177,12 +191,18 @@ class AverageBank(Averages[str]):
         self._rows[0].copy_(loaded["last"])
         for name, ring in rings.items():
             self._rings[name].copy_(ring)
-        self.clock, self._waiting, self._taken = state["clock"], 0, state["clock"] // self.every
+        self.clock, self._waiting = state["clock"], 0
+        self.skipped = state.get("skipped", 0)
+        self._taken = self.clock // self.every - len(loaded["waiting"])
+        for row in loaded["waiting"]:
+            self._rows[self._waiting].copy_(row)
+            self._wait()
 
     def _allocate(self) -> None:
         vector, device = self._vector, self._vector.device
         self._exact = torch.float32 if self._compensated else torch.float64
-        rows = max(1, min(_BLOCK, _BLOCK_BYTES // (vector.size * vector.dtype.itemsize)))
+        row_bytes = max(1, vector.size * vector.dtype.itemsize)  # some processes have no shards
+        rows = max(1, min(_BLOCK, _BLOCK_BYTES // row_bytes))
         self._rows = torch.zeros(rows, vector.size, dtype=vector.dtype, device=device)
         self._row_views = [vector.views(row) for row in self._rows]
         self._waiting = 0  # rows of the block that are filled
@@ -205,6 +225,12 @@ class AverageBank(Averages[str]):
             self._row_views = [self._vector.views(row) for row in self._rows]
             self._rings = {name: ring.to(device) for name, ring in self._rings.items()}
 
+    def _wait(self) -> None:
+        """Count the row that was filled; a full block is taken in."""
+        self._waiting += 1
+        if self._waiting == len(self._rows):
+            self._take_in()
+
     def _take_in(self) -> None:
         """Move every average by the iterates that wait."""
         waiting, self._waiting = self._waiting, 0
@@ -218,7 +244,7 @@ class AverageBank(Averages[str]):
         if self._compensated:
             self._take_in_compensated(rows, weights)
         else:
-            columns = _COLUMNS if rows.device.type == "cpu" else rows.shape[1]
+            columns = _COLUMNS if rows.device.type == "cpu" else max(1, rows.shape[1])
             for start in range(0, rows.shape[1], columns):
                 part = slice(start, start + columns)
                 averages = self._averages[:, part]
@@ -281,6 +307,13 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
     References:
         Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization",
         UAI, https://arxiv.org/abs/1803.05407, section 3.2.
+
+    Example:
+        >>> import torch
+        >>> norm = torch.nn.BatchNorm1d(1)
+        >>> refresh_batch_norm(norm, [torch.full((4, 1), 1.0), torch.full((4, 1), 3.0)])
+        >>> norm.running_mean
+        tensor([2.])
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     modes = [(m, m.training) for m in module.modules()]

@@ -149,21 +149,27 @@ class Flat:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def grad_norm(self) -> Tensor:
+        """The L2 norm of the gradient, ``[members]``, or a 0-dim tensor without members."""
+        norm, *others = [torch.linalg.vector_norm(one.grad, dim=-1) for one in self.parameters]
+        if others:
+            both = torch.stack([norm, *(other.to(norm) for other in others)])
+            norm = torch.linalg.vector_norm(both, dim=0)
+        result: Tensor = norm
+        return result
+
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients to an L2 norm of at most ``max_norm``, each member's on its own.
 
         Returns:
             The norms before clipping, ``[members]``, or a 0-dim tensor without members.
         """
-        grads = [parameter.grad for parameter in self.parameters]
-        norm: Tensor = torch.linalg.vector_norm(grads[0], dim=-1)
-        if len(grads) > 1:
-            norms = [torch.linalg.vector_norm(grad, dim=-1).to(norm) for grad in grads]
-            norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        norm = self.grad_norm()
         # torch.nn.utils.clip_grad_norm_'s rule
         scale = (max_norm / (norm + 1e-6)).clamp_(max=1.0).unsqueeze(-1)
-        for grad in grads:
-            grad.mul_(scale if scale.dtype == grad.dtype else scale.to(grad))
+        for parameter in self.parameters:
+            gradient = parameter.gradient
+            gradient.mul_(scale if scale.dtype == gradient.dtype else scale.to(gradient))
         return norm
 
     def _lay(self, group: _Group, entries: list[Entry]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak_rl.flat import coalesce, flatten_like_
+from polyak_rl.guard import Guard, all_finite, check_guard
 from polyak_rl.pairing import (
     Network,
     Pair,
@@ -201,10 +202,14 @@ class TargetNetwork(nn.Module):
             the copy holds the very tensors of ``online``, also where those are replaced, and
             updates leave them alone. A ``target`` that was passed in keeps what it has there.
         buffers: what happens to buffers, as in :func:`soft_update`.
+        guard: ``"finite"`` leaves out a firing at which the network has a NaN or an Inf: nothing
+            moves, the clock neither, and ``skipped`` counts it. It reads one number back from the
+            device, so it cannot be captured in a CUDA graph.
 
     Attributes:
         module: the copy.
         clock: how often :meth:`update` was called.
+        skipped: the calls that the guard left out.
 
     A copy of 16 bits or less has a float32 master, because ``tau = 0.005`` is below their rounding:
     the average moves in float32 and is rounded into the copy. Values written to the copy by other
@@ -239,6 +244,7 @@ class TargetNetwork(nn.Module):
         target: nn.Module | None = None,
         exclude: Iterable[str] = (),
         buffers: Buffers = "copy",
+        guard: Guard = None,
     ) -> None:
         super().__init__()
         if not isinstance(online, nn.Module):
@@ -250,7 +256,8 @@ class TargetNetwork(nn.Module):
         self._policy = buffers
         self._tau = _check_tau(tau)
         self._online = (online,)  # a tuple, so that it is not a submodule
-        self._clock = 0
+        self._clock = self.skipped = 0
+        self._guarded = check_guard(guard, online.parameters())
         # What torch.compile traces counts in a tensor: to it an int is a constant.
         self._traced_clock = torch.zeros((), dtype=torch.int64)
         if target is None:
@@ -308,7 +315,11 @@ class TargetNetwork(nn.Module):
             ValueError: the online network no longer matches the copy.
         """
         if self.every == 1 or (self.clock + 1) % self.every == 0:
-            self._current_plan().apply()
+            plan = self._current_plan()
+            if self._guarded and not all_finite([pair.online for pair in plan.pairs]):
+                self.skipped += 1
+                return
+            plan.apply()
         if torch.compiler.is_compiling():
             self._traced_clock.add_(1)
         else:
@@ -350,7 +361,7 @@ class TargetNetwork(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The clock and, where the copy has 16 bits, the float32 masters (or shards) by name."""
-        return {"clock": self.clock, "masters": self._plan.masters}
+        return {"clock": self.clock, "skipped": self.skipped, "masters": self._plan.masters}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` returned."""
@@ -358,7 +369,7 @@ class TargetNetwork(nn.Module):
         ours = {name: tensor.shape for name, tensor in self._plan.masters.items()}
         if masters and masters != ours:
             raise ValueError(f"the saved masters {masters} do not fit this target's {ours}")
-        self._clock = state["clock"]
+        self._clock, self.skipped = state["clock"], state.get("skipped", 0)
         self._traced_clock.zero_()
         self._loaded = state["masters"]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from polyak_rl.guard import Guard, all_finite, check_guard
 from polyak_rl.rules import Ema, Rule
 from polyak_rl.target import Buffers
 from polyak_rl.vector import Averages, WeightVector, require_online
@@ -36,6 +37,7 @@ class Timeline(Averages[Rule]):
     Afterwards any rule can be asked for without training again: inside a segment the weight of an
     iterate is constant, and a segment on a border contributes its share. Averages whose borders
     fall on segment borders are exact; of others :meth:`weight_error` says how far off they are.
+    Of a sharded network (DTensor, FSDP2) each process records, saves and loads its own shards.
 
     Args:
         module: the network that acts. It is only read; recording draws no random numbers.
@@ -47,9 +49,11 @@ class Timeline(Averages[Rule]):
         max_weight_error: :meth:`vector` and what is built on it refuse rules above this.
         max_bytes: the memory that the segments may take, ``8 * capacity * weights`` bytes; 256
             segments of 70 000 weights take 143 MB.
+        guard: as in :class:`polyak_rl.AverageBank`.
 
     Attributes:
         clock: how often :meth:`record` was called.
+        skipped: the calls that the guard left out.
 
     Raises:
         ValueError: an argument out of range, or more memory than ``max_bytes``.
@@ -76,6 +80,7 @@ class Timeline(Averages[Rule]):
         buffers: Buffers = "copy",
         max_weight_error: float = 0.05,
         max_bytes: int = 1 << 30,
+        guard: Guard = None,
     ) -> None:
         for name, value, least in (("capacity", capacity, 2), ("every", every, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -89,7 +94,8 @@ class Timeline(Averages[Rule]):
         self._vector = WeightVector(module, buffers)
         self.capacity, self.every, self.expected = capacity, every, expected
         self.max_weight_error = max_weight_error
-        self.clock = 0
+        self.clock = self.skipped = 0
+        self._guarded = check_guard(guard, module.parameters())
         self.nbytes = 8 * capacity * self._vector.size
         if self.nbytes > max_bytes:
             raise ValueError(
@@ -125,9 +131,13 @@ class Timeline(Averages[Rule]):
             return
         if self._vector.follow():
             self._move()
+        self._vector.read(self._now, self._views)
+        if self._guarded and not all_finite([self._now]):
+            self.clock -= 1
+            self.skipped += 1
+            return
         if len(self._ends) == self.capacity:
             self._merge()
-        self._vector.read(self._now, self._views)
         self._sum.add_(self._now)
         if self.updates >= self._border():
             self._close()
@@ -192,6 +202,7 @@ class Timeline(Averages[Rule]):
             "expected": self.expected,
             "every": self.every,
             "clock": self.clock,
+            "skipped": self.skipped,
             "length": self._length,
             "ends": list(self._ends),
             "means": self._means[: len(self._ends)].to(dtype, copy=True),
@@ -219,6 +230,7 @@ class Timeline(Averages[Rule]):
         self._means[: len(means)] = means
         self._sum.copy_(total)
         self.clock, self._length, self._ends = state["clock"], state["length"], list(state["ends"])
+        self.skipped = state.get("skipped", 0)
 
     def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float64) -> None:
         """Write the timeline to a file of tensors and plain values.
@@ -243,7 +255,8 @@ class Timeline(Averages[Rule]):
         Args:
             path: the file. It is read as data; a pickle that would run code is refused.
             like: a network of the recorded architecture.
-            options: ``buffers``, ``max_weight_error`` and ``max_bytes`` as in the constructor.
+            options: ``buffers``, ``max_weight_error``, ``max_bytes`` and ``guard`` as in the
+                constructor.
 
         Raises:
             ValueError: the file is no timeline, is damaged, or is of another network.

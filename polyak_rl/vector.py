@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from polyak_rl.flat import Slot, flat_of
-from polyak_rl.pairing import Entry, Watch, match, unwrap, walk
+from polyak_rl.pairing import Entry, Watch, is_sharded, match, shard_of, sharding, unwrap, walk
 from polyak_rl.target import Buffers, choose_policies
 
 
@@ -21,7 +21,8 @@ class WeightVector:
 
     The network is only observed. Where it is flat the vector has its layout, so that reading is one
     kernel; elsewhere tensors follow one another and reading takes one ``foreach`` call. Networks
-    that are moved, cast, flattened or re-assigned later are followed; the layout stays.
+    that are moved, cast, flattened or re-assigned later are followed; the layout stays. Of sharded
+    networks it holds the shards of this process.
 
     Attributes:
         slots: name, shape, stride and offset of each tensor in the vector.
@@ -100,16 +101,23 @@ class WeightVector:
             return self.restore(list(values.values()))
         name_of = {id(entry.tensor): entry.name for entry in self._entries()}
         for pair in match(module, self.module):
-            if id(pair.online) in name_of:
-                pair.target.copy_(values[name_of[id(pair.online)]])
+            target, online = shard_of(pair.target), shard_of(pair.online)
+            if id(online) in name_of:
+                target.copy_(values[name_of[id(online)]])
             elif self._policies[pair.name] == "copy":
-                pair.target.copy_(pair.online)
+                target.copy_(online)
         return None
 
     def describe(self) -> list[dict[str, Any]]:
         """The layout as plain values, for a file."""
         return [
-            {"name": s.name, "shape": [*s.shape], "stride": [*s.stride], "offset": s.offset}
+            {
+                "name": s.name,
+                "shape": [*s.shape],
+                "stride": [*s.stride],
+                "offset": s.offset,
+                "shard": self._shards[s.name],
+            }
             for s in self.slots
         ]
 
@@ -117,10 +125,10 @@ class WeightVector:
         """Saved vectors ``[..., size]`` in the layout of this network, tensor by tensor by name.
 
         Raises:
-            ValueError: names or shapes differ; the message names the difference.
+            ValueError: names, shapes or shards differ; the message names the difference.
         """
-        theirs = {slot["name"]: tuple(slot["shape"]) for slot in saved}
-        ours = {slot.name: tuple(slot.shape) for slot in self.slots}
+        theirs = {s["name"]: (*s["shape"], s.get("shard", "")) for s in saved}
+        ours = {s.name: (*s.shape, self._shards[s.name]) for s in self.slots}
         if theirs != ours:
             changed = sorted(set(ours.items()) ^ set(theirs.items()))
             raise ValueError(f"the saved averages are of another network: {changed[:4]} differ")
@@ -137,14 +145,15 @@ class WeightVector:
         return out.reshape(*vectors.shape[:-1], self.size)
 
     def _entries(self) -> list[Entry]:
-        """Parameters and the buffers whose policy is to be averaged, tied ones once."""
+        """The shards of parameters and of buffers whose policy is to be averaged, ties once."""
         inside = list(walk(self.module))
         self._policies = choose_policies([entry[:3] for entry in inside], self._policy)
         kept: dict[int, Entry] = {}
         for entry in inside:
             if self._policies[entry.name] == "average":
                 kept.setdefault(id(entry.tensor), entry)
-        return list(kept.values())
+        self._shards = {entry.name: _which_shard(entry.tensor) for entry in kept.values()}
+        return [entry._replace(tensor=shard_of(entry.tensor)) for entry in kept.values()]
 
     def _layout(self, entries: list[Entry]) -> tuple[Slot, ...]:
         flat = flat_of(unwrap(self.module))
@@ -176,8 +185,16 @@ class WeightVector:
         self._tensors = [entry.tensor.detach() for entry in entries]
         self.device = self._tensors[0].device
         self.storages = {tensor.untyped_storage().data_ptr() for tensor in self._tensors}
+        self.storages.discard(0)  # empty shards may have no memory, and so none in common
         self._flat = self._flat_buffer()
         self._watch = Watch(self.module)
+
+
+def _which_shard(tensor: Any) -> str:
+    """The place of this process among those that share a DTensor; nothing for other tensors."""
+    if not is_sharded(tensor):
+        return ""
+    return f"shard {[*(tensor.device_mesh.get_coordinate() or ())]} of {sharding(tensor)}"
 
 
 Which = TypeVar("Which")
@@ -251,14 +268,18 @@ def swapped(vector: WeightVector, values: Tensor) -> Iterator[nn.Module]:
 
     def keep_online(_: nn.Module, state: dict[str, Any], *__: object) -> None:
         vector.follow()
-        saved = dict(zip(vector.addresses(), online, strict=True))
+        saved = {at: x for at, x in zip(vector.addresses(), online, strict=True) if x.numel()}
         for key, tensor in state.items():
-            if isinstance(tensor, Tensor) and tensor.data_ptr() in saved:
-                state[key] = saved[tensor.data_ptr()].clone()
+            address = shard_of(tensor).data_ptr() if isinstance(tensor, Tensor) else 0
+            if address in saved:
+                state[key] = tensor.detach().clone()
+                shard_of(state[key]).copy_(saved[address])
 
     def refuse_step(optimizer: Optimizer, *_: object) -> None:
         stepped = {
-            p.untyped_storage().data_ptr() for g in optimizer.param_groups for p in g["params"]
+            shard_of(p).untyped_storage().data_ptr()
+            for g in optimizer.param_groups
+            for p in g["params"]
         }
         if stepped & vector.storages:
             raise RuntimeError(

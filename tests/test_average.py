@@ -409,6 +409,37 @@ def test_a_saved_bank_goes_on_where_it_was(stop, compensated, tmp_path):
         same(resumed.average(name), bank.average(name), rtol=1e-12, atol=1e-7 if compensated else 0)
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("stop", [0, 2, 13, 96, 130])
+def test_saving_moves_no_bit_and_what_is_loaded_goes_on_bit_for_bit(stop, compensated):
+    def run(policy, bank, until):
+        while bank.clock < until:
+            walk(policy, torch.Generator().manual_seed(bank.clock))
+            bank.update()
+
+    def bank_of(policy):
+        return AverageBank(policy, RULES, every=3, compensated=compensated)
+
+    policies = [network() for _ in range(3)]
+    plain, saved, loaded = map(bank_of, policies)
+    run(policies[0], plain, 200)
+    run(policies[1], saved, stop)
+    loaded.load_state_dict(saved.state_dict())
+    policies[2].load_state_dict(policies[1].state_dict())
+    for policy, bank in zip(policies[1:], (saved, loaded), strict=True):
+        run(policy, bank, 200)
+        for name in RULES:
+            same(bank.average(name), plain.average(name), rtol=0, atol=0)
+
+
+def test_more_iterates_may_wait_in_a_saved_bank_than_fit_the_block_that_loads_it(monkeypatch):
+    _, bank = trained()
+    monkeypatch.setattr("polyak_rl.average._BLOCK", 8)
+    loaded = AverageBank(network(7), bank.rules)
+    loaded.load_state_dict(bank.state_dict())
+    same(loaded.average("uniform"), bank.average("uniform"), rtol=1e-12, atol=1e-14)
+
+
 def test_a_bank_of_a_compiled_network_loads_into_a_plain_one():
     _, bank = trained()
     compiled = AverageBank(torch.compile(network(8), backend="eager"), bank.rules)

@@ -1,0 +1,50 @@
+"""Keep NaN and Inf out of targets and averages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from polyak_rl.pairing import is_sharded
+
+Guard: TypeAlias = Literal["finite"] | None
+"""``"finite"``: an update that would take in NaN or Inf is left out, and counted as skipped."""
+
+
+def check_guard(guard: Guard, tensors: Iterable[Tensor]) -> bool:
+    """True where updates are guarded.
+
+    Raises:
+        ValueError: there is no such guard, or the network is sharded.
+    """
+    if guard not in ("finite", None):
+        raise ValueError(f"guard must be 'finite' or None, got {guard!r}")
+    if guard and any(map(is_sharded, tensors)):
+        raise ValueError(
+            "guard='finite' needs the whole network, and a shard cannot know of the others: check "
+            "the gradient norm, which fully_shard reduces over all of them, before the step"
+        )
+    return guard is not None
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """True where no element is NaN or Inf; reads one number back from the device.
+
+    Example:
+        >>> import torch
+        >>> all_finite([torch.ones(2), torch.tensor([3e38, 3e38])])    # their sum overflows
+        True
+        >>> all_finite([torch.ones(2), torch.tensor([0.0, math.nan])])
+        False
+    """
+    floats = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+    if not floats:
+        return True
+    # A sum is one pass without a temporary, and finite only where every element is.
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in floats]
+    total = torch.stack([one.to(sums[0].device) for one in sums]).abs().sum()
+    return math.isfinite(total) or all(bool(tensor.isfinite().all()) for tensor in floats)
