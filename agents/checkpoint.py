@@ -6,7 +6,7 @@ A checkpoint is these files, side by side in one folder:
 |---|---|
 | `000002.json` | the manifest: a line with the checksum of what follows, then JSON |
 | `000002.pt` | tensors and plain values, written by `torch.save` |
-| `replay-10000-20000.f32` | transitions 10000 to 19999 of every seed, float32 [S, n, D] |
+| `replay-10000-20000.f32` | transitions 10000 to 19999 of every seed, as `Replay.dump` has them |
 
 Transitions are written by the first checkpoint that sees them and shared by those that come after,
 so a checkpoint costs what is new, and files whose transitions the ring has overwritten go away.
@@ -37,7 +37,6 @@ from torch.optim import Optimizer
 from agents.averaging import PolicyAverages
 from agents.evaluation import Evaluation
 from agents.training import EpisodeSeeds, Training
-from polyak_rl import AverageBank
 
 SCHEMA = 1
 
@@ -73,13 +72,12 @@ class Checkpoint:
         """Environment steps taken, per seed."""
         return int(self.state["clocks"]["step"])
 
-    def rows(self, piece: tuple[int, int], members: int) -> Tensor:
-        """The transitions of a replay file, [S, n, D]."""
+    def transitions(self, piece: tuple[int, int]) -> bytes:
+        """What is in a replay file."""
         data = (self.folder / _piece_name(piece)).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.sha256[_piece_name(piece)]:
             raise ValueError(f"{self.folder / _piece_name(piece)} has changed while it was read")
-        rows = np.frombuffer(data, dtype="<f4").astype(np.float32)
-        return torch.from_numpy(rows.reshape(members, piece[1] - piece[0], -1))
+        return data
 
 
 class Checkpoints:
@@ -92,6 +90,9 @@ class Checkpoints:
         about: Plain values that say how to build the training again, for `Checkpoint.about`.
         replay: Keep the replay buffer too. Without it a run can be resumed, but not to the bit.
         after: The checkpoint that the training was restored from.
+
+    Attributes:
+        step: Environment steps of the last checkpoint that was written, None before the first.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Checkpoints:
         self.about = dict(about or {})
         self.replay = replay
         self.number = after.number if after else 0
+        self.step = after.step if after else None
         self.pieces = list(after.pieces or []) if after else []
         self.sha256 = dict(after.sha256) if after else {}
 
@@ -118,7 +120,9 @@ class Checkpoints:
 
         Raises:
             OSError: It cannot be written; the checkpoints that were there still are.
+            NonFiniteError: A gradient was not finite since the one before.
         """
+        self.training.require_finite()
         self.folder.mkdir(exist_ok=True)
         number, sums, pieces = self.number + 1, dict[str, str](), list[tuple[int, int]]()
         if self.replay:
@@ -142,6 +146,7 @@ class Checkpoints:
 
         kept = {f"{n:06d}.json" for n in (number, self.number)} | {*sums, *self.sha256}
         self.number, self.pieces, self.sha256 = number, pieces, sums
+        self.step = self.training.step
         for pattern in ("*.json", "*.pt", "replay-*.f32", "*.partial"):
             for path in self.folder.glob(pattern):
                 if path.name not in kept:
@@ -156,7 +161,7 @@ class Checkpoints:
         new = min(replay.added - written, replay.capacity)
         if new:
             piece = (replay.added - new, replay.added)
-            data = replay.last(new).numpy().astype("<f4", copy=False).tobytes()
+            data = replay.dump(new)
             write_whole(self.folder / _piece_name(piece), lambda file: file.write(data))
             sums[_piece_name(piece)] = hashlib.sha256(data).hexdigest()
             pieces.append(piece)
@@ -220,7 +225,7 @@ def restore(
         for piece in checkpoint.pieces or []:
             if not training.replay.added:
                 training.replay.added = piece[0]
-            training.replay.append(checkpoint.rows(piece, len(training.seeds)).to(training.device))
+            training.replay.load(checkpoint.transitions(piece), piece[1] - piece[0])
     except Exception as error:  # a file that was made up raises anything
         _load(training, averages, new)
         training.replay.added = 0
@@ -270,6 +275,7 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
         "clocks": {
             "step": training.step,
             "updates": training.updates,
+            "skipped": training.skipped,
             "evaluated_at": training.evaluated_at,
         },
         "agent": {
@@ -278,7 +284,7 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
         },
         "sampling": [generator.get_state() for generator in training.sampling],
         "averages": {
-            "bank": _bank_state(averages.bank),
+            "bank": averages.bank.state_dict(),
             "timeline": averages.timeline.state_dict(),
         }
         if averages
@@ -400,7 +406,7 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
     for generator, position in zip(training.sampling, state["sampling"], strict=True):
         generator.set_state(position)
     if averages:
-        _load_bank(averages.bank, state["averages"]["bank"])
+        averages.bank.load_state_dict(state["averages"]["bank"])
         averages.timeline.load_state_dict(state["averages"]["timeline"])
     training.losses = {tag: x.to(training.device) for tag, x in state["losses"].items()}
     training.evaluations = {
@@ -409,7 +415,7 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
     }
     clocks = state["clocks"]
     training.step, training.updates = clocks["step"], clocks["updates"]
-    training.evaluated_at = clocks["evaluated_at"]
+    training.evaluated_at, training.skipped = clocks["evaluated_at"], clocks.get("skipped", 0)
 
 
 def _require_fit(name: str, ours: Any, theirs: Any) -> None:
@@ -441,26 +447,6 @@ def _form(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
     return f"a {type(value).__name__}"
-
-
-def _bank_state(bank: AverageBank) -> State:
-    """The bank's state with the iterates that wait to be taken in left waiting.
-
-    `state_dict` alone would take them in now, and the averages would have other last bits than
-    those of a run without this checkpoint.
-    """
-    waiting, bank._waiting = bank._waiting, 0
-    state = bank.state_dict() | {"waiting": bank._rows[:waiting].clone()}
-    bank._waiting = waiting
-    return state
-
-
-def _load_bank(bank: AverageBank, state: State) -> None:
-    bank.load_state_dict(state)
-    rows = state["waiting"]
-    bank._rows[: len(rows)] = rows
-    bank._waiting = len(rows)
-    bank._taken -= len(rows)
 
 
 def _own_environments(training: Training) -> list[EpisodeSeeds]:
@@ -503,9 +489,9 @@ def _replay_episode(training: Training, env: EpisodeSeeds, i: int) -> str:
     member, place = divmod(i, n)
     if length * n > training.replay.size:
         return f"the replay buffer does not hold the {length} actions of its episode"
-    obs_dim, action_dim = training.replay.widths[:2]
+    first, action_dim = training.replay.widths[:2]
     rows = training.replay.last(length * n)[member, place::n]
-    actions = rows[:, obs_dim : obs_dim + action_dim].numpy()
+    actions = rows[:, first : first + action_dim].numpy()
     if training.interface.discrete:
         actions = actions[:, 0].astype(np.int64)
 
@@ -517,7 +503,8 @@ def _replay_episode(training: Training, env: EpisodeSeeds, i: int) -> str:
         observed, reward, terminated, truncated, _ = env.step(action)
         total += float(reward)
         ended = terminated or truncated
-    same = np.asarray(observed, np.float32).tobytes() == training.obs[member, place].tobytes()
+    expected = training.obs[member, place]
+    same = np.asarray(observed, expected.dtype).tobytes() == expected.tobytes()
     if ended or not same or total != training.episode_return[i]:
         return f"played again, its episode is another one after {length} steps"
     return ""

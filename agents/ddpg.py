@@ -28,12 +28,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from agents.guard import Guard
 from agents.limits import check
 from agents.networks import Critic, DeterministicActor
 from agents.optimizers import Adam, Name, take_step, value_optimizer
 from agents.replay import Batch
 from agents.seeding import Purpose, generators
-from polyak_rl import TargetNetwork, flatten_
+from agents.targets import Kind, target_networks
+from polyak_rl import flatten_
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,14 @@ class DDPGConfig:
     """environment steps taken at random before the first gradient step"""
     gamma: float = 0.99
     """discount per environment step"""
+    target: Kind = "soft"
+    """what values are bootstrapped from; none: the online networks themselves"""
     tau: float = 0.005
-    """weight of the online network in a target update"""
+    """weight of the online network in each update of a soft target"""
+    tau_end: float | None = None
+    """tau at the end of the run, which it goes to linearly; None: it stays"""
+    target_update_every: int = 400
+    """gradient steps between two copies of a hard target; 400 has the mean age of tau = 0.005"""
     train_every: int = 1
     """environment steps between two rounds of gradient steps"""
     gradient_steps: int = 1
@@ -98,11 +106,12 @@ class DDPG:
         lr = config.learning_rate
         self.actor_optimizer = Adam(self.actor_flat.parameters, lr=lr)
         self.critic_optimizer = value_optimizer(config.optimizer, self.critic_flat, lr)
-        self.actor_target = TargetNetwork(self.actor, tau=config.tau)
-        self.critic_target = TargetNetwork(self.critic, tau=config.tau)
+        self.targets = target_networks(config, {"actor": self.actor, "critic": self.critic})
+        self.actor_target = self.targets.get("actor", self.actor)
+        self.critic_target = self.targets.get("critic", self.critic)
 
+        self.guard = Guard(["critic", "actor"], len(seeds), device)
         self.policy: nn.Module = self.actor
-        self.targets = {"actor": self.actor_target, "critic": self.critic_target}
         self.optimizers = [self.critic_optimizer, self.actor_optimizer]
 
     def charts(self, step: int) -> dict[str, float]:
@@ -136,17 +145,18 @@ class DDPG:
         error = q - y.unsqueeze(1)
         critic_loss = error.square()
         pullback(error.mul_(2 / q.shape[-1]))
-        take_step(self.critic_optimizer, critic_loss)
+        bad = self.guard.found_inf("critic", self.critic_flat.grad_norm())
+        take_step(self.critic_optimizer, critic_loss, bad)
 
         # actor: the policy gradient, J = mean Q(s, mu(s)); the critic gets no gradient from it
         actor_loss = -self.critic(s, self.actor(s), frozen=True).squeeze(1).mean(-1)  # [S]
         self.actor_flat.zero_grad()
         actor_loss.sum().backward()
-        self.actor_optimizer.step()
+        self.actor_optimizer.step(self.guard.found_inf("actor", self.actor_flat.grad_norm()))
 
         # theta' <- tau theta + (1 - tau) theta'
-        self.critic_target.update()
-        self.actor_target.update()
+        for target in self.targets.values():
+            target.update()
         return {
             "losses/qf_loss": critic_loss,
             "losses/q_values": q,

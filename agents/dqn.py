@@ -27,13 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agents.guard import Guard
 from agents.limits import check
 from agents.networks import QNetwork
 from agents.optimizers import Name, take_step, value_optimizer
 from agents.pixels import PixelQNetwork
 from agents.replay import Batch
 from agents.seeding import Purpose, generators
-from polyak_rl import TargetNetwork, flatten_
+from agents.targets import Kind, target_networks
+from polyak_rl import flatten_
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,14 @@ class DQNConfig:
     """environment steps taken at random before the first gradient step"""
     gamma: float = 0.99
     """discount per environment step"""
+    target: Kind = "hard"
+    """what values are bootstrapped from; none: the online network itself"""
     target_update_every: int = 2500
-    """gradient steps between two target updates"""
+    """gradient steps between two copies of a hard target; a soft one moves at each"""
     tau: float = 1.0
-    """weight of the online network in a target update; 1 copies it"""
+    """weight of the online network in each update of a soft target, below 1 there"""
+    tau_end: float | None = None
+    """tau at the end of the run, which it goes to linearly; None: it stays"""
     train_every: int = 4
     """environment steps between two rounds of gradient steps"""
     gradient_steps: int = 1
@@ -106,10 +112,11 @@ class DQN:
         self.q: QNetwork = network(obs_dim, action_dim, config.hidden, init).to(device)
         self.flat = flatten_(self.q, members=len(seeds))
         self.optimizer = value_optimizer(config.optimizer, self.flat, config.learning_rate)
-        self.q_target = TargetNetwork(self.q, tau=config.tau, every=config.target_update_every)
+        self.targets = target_networks(config, {"q": self.q})
+        self.q_target = self.targets.get("q", self.q)
 
+        self.guard = Guard(["q"], len(seeds), device)
         self.policy: nn.Module = self.q
-        self.targets = {"q": self.q_target}
         self.optimizers = [self.optimizer]
 
     def epsilon(self, step: int) -> float:
@@ -159,9 +166,10 @@ class DQN:
         loss = F.smooth_l1_loss(q, y, reduction="none")
         slope = (q - y).clamp_(-1, 1).div_(q.shape[1])
         pullback(torch.zeros_like(values).scatter_(-1, a, slope.unsqueeze(-1)))
-        self.flat.clip_grad_norm_(self.config.max_grad_norm)
-        take_step(self.optimizer, loss)
+        norm = self.flat.clip_grad_norm_(self.config.max_grad_norm)
+        take_step(self.optimizer, loss, self.guard.found_inf("q", norm))
 
         # every C gradient steps: theta^- <- theta
-        self.q_target.update()
+        for target in self.targets.values():
+            target.update()
         return {"losses/td_loss": loss, "losses/q_values": q}

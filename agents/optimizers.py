@@ -22,10 +22,13 @@ class Adam(torch.optim.Adam):
     def __init__(self, parameters: Sequence[FlatParameter], lr: float) -> None:
         super().__init__(parameters, lr=lr, fused=True)
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
         """m <- m + (1 - b1) (g - m), v <- v + (1 - b2) (g^2 - v), p <- p - lr m^ / (sqrt(v^) + e).
 
         Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980.
+
+        Args:
+            found_inf: A 0-dim tensor; where it is 1 nothing moves, the step count neither.
         """
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -36,6 +39,8 @@ class Adam(torch.optim.Adam):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"].add_(1)
+                if found_inf is not None:
+                    state["step"].sub_(found_inf)
                 torch._fused_adam_(
                     [parameter.detach()],
                     [parameter.grad],
@@ -50,6 +55,7 @@ class Adam(torch.optim.Adam):
                     eps=group["eps"],
                     amsgrad=False,
                     maximize=False,
+                    found_inf=found_inf,
                 )
 
     # torch wraps a step in a profiler's record and hooks unless told that this was done: 30 to 70
@@ -81,15 +87,20 @@ def value_optimizer(name: Name, flat: Flat, learning_rate: float) -> Optimizer:
     return PolyakSGD(parameters, max_stepsize=learning_rate)
 
 
-def take_step(optimizer: Optimizer, loss: Tensor) -> None:
-    """One step of an optimizer whose gradients are ready.
+def take_step(optimizer: Optimizer, loss: Tensor, found_inf: Tensor) -> None:
+    """One step of an optimizer whose gradients are ready, or none where they are not finite.
 
     Args:
         optimizer: From :func:`value_optimizer`.
         loss: The loss of those gradients, [S, ...]: Polyak's step size needs the sum of each seed's
             mean.
+        found_inf: A 0-dim tensor, 1 where the gradient is not finite; see `agents.guard.Guard`.
     """
-    if isinstance(optimizer, PolyakSGD):
+    if isinstance(optimizer, Adam):
+        optimizer.step(found_inf)
+    elif found_inf:  # read back: these optimizers take no such flag
+        return
+    elif isinstance(optimizer, PolyakSGD):
         optimizer.step(loss=loss.detach().flatten(1).mean(1).sum())
     else:
         optimizer.step()

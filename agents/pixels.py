@@ -22,11 +22,11 @@ Shape = tuple[int, int, int]
 
 
 class Conv2d(nn.Module):
-    r"""Convolutions with square kernels, one per member, each over its own batch.
+    """Convolutions with square kernels, one per member, each over its own batch.
 
     Weights and biases are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default law, with
     that member's generator. The members are taken one after another: each is the very convolution
-    that it is alone, which a grouped one is not to the last bit.
+    that it is alone, which a grouped one is not always to the last bit.
 
     Args:
         channels: Channels of the input.
@@ -156,6 +156,7 @@ class FrameReplay(Replay):
         self.frames = torch.empty(members, 0, *image, dtype=torch.uint8, device=device)
         self.uses: list[list[int]] = [[] for _ in range(members)]  # how often rows show each place
         self.free: list[list[int]] = [[] for _ in range(members)]  # the places that no row shows
+        # Where the frames lie of the stacks that the last step ended with, by their bytes.
         self.known: list[dict[bytes, list[int]]] = [{} for _ in range(members)]
         self.columns = [*range(stack), *range(-stack, 0)]  # of the rows, where they show frames
         self._make_places(capacity + self._more())
@@ -272,9 +273,8 @@ class FrameReplay(Replay):
         members, made, *image = self.frames.shape
         if made + more > 2**24:
             raise ValueError(f"a replay of frames has at most {2**24} places, got {made + more}")
-        frames = self.frames.new_empty(
-            members, made + more, *image
-        )  # not written to: no memory yet
+        # Uninitialised on purpose: the system hands out the pages as they are first written.
+        frames = self.frames.new_empty(members, made + more, *image)
         frames[:, :made] = self.frames
         self.frames = frames
         for uses, free in zip(self.uses, self.free, strict=True):

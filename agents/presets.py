@@ -12,15 +12,17 @@ from typing import Any
 from agents.ddpg import DDPG, DDPGConfig
 from agents.dqn import DQN, DQNConfig
 from agents.sac import SAC, SACConfig
+from agents.td3 import TD3, TD3Config
 
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "dqn": (DQN, DQNConfig),
     "ddpg": (DDPG, DDPGConfig),
     "sac": (SAC, SACConfig),
+    "td3": (TD3, TD3Config),
 }
 """Name on the command line -> the agent and its config."""
 
-DEFAULT_STEPS = {"dqn": 100_000, "ddpg": 100_000, "sac": 100_000}
+DEFAULT_STEPS = {"dqn": 100_000, "ddpg": 100_000, "sac": 100_000, "td3": 100_000}
 """Environment steps where no preset names them."""
 
 # zoo, dqn.yml: Acrobot-v1 and LunarLander-v2 share all but the target period, stated once
@@ -127,6 +129,9 @@ PRESETS: dict[str, dict[str, tuple[int, Mapping[str, Any]]]] = {
     },
 }
 
+# zoo, td3.yml has the values of ddpg.yml; TD3's own three are the defaults everywhere
+PRESETS["td3"] = PRESETS["ddpg"]
+
 
 def preset(algo: str, env_id: str) -> tuple[Any, int]:
     """The config of an algorithm for an environment, and how many environment steps to train.
@@ -134,7 +139,7 @@ def preset(algo: str, env_id: str) -> tuple[Any, int]:
     An environment without a preset gets the algorithm's defaults.
 
     Args:
-        algo: "dqn", "ddpg" or "sac".
+        algo: "dqn", "ddpg", "sac" or "td3".
         env_id: Gymnasium's name of the environment.
 
     Raises:

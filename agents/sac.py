@@ -28,12 +28,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from agents.guard import Guard
 from agents.limits import check
 from agents.networks import Critic, GaussianActor
 from agents.optimizers import Adam, Name, take_step, value_optimizer
 from agents.replay import Batch
 from agents.seeding import Purpose, generators
-from polyak_rl import TargetNetwork, flatten_
+from agents.targets import Kind, target_networks
+from polyak_rl import flatten_
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,14 @@ class SACConfig:
     """environment steps taken at random before the first gradient step"""
     gamma: float = 0.99
     """discount per environment step"""
+    target: Kind = "soft"
+    """what values are bootstrapped from; none: the online critics themselves"""
     tau: float = 0.005
-    """weight of the online critics in a target update"""
+    """weight of the online critics in each update of a soft target"""
+    tau_end: float | None = None
+    """tau at the end of the run, which it goes to linearly; None: it stays"""
+    target_update_every: int = 400
+    """gradient steps between two copies of a hard target; 400 has the mean age of tau = 0.005"""
     train_every: int = 1
     """environment steps between two rounds of gradient steps"""
     gradient_steps: int = 1
@@ -118,10 +126,11 @@ class SAC:
         self.critic_optimizer = value_optimizer(
             config.optimizer, self.critic_flat, config.learning_rate
         )
-        self.critic_target = TargetNetwork(self.critic, tau=config.tau)
+        self.targets = target_networks(config, {"critic": self.critic})
+        self.critic_target = self.targets.get("critic", self.critic)
 
+        self.guard = Guard(["temperature", "critic", "actor"], len(seeds), device)
         self.policy: nn.Module = self.actor
-        self.targets = {"critic": self.critic_target}
         self.optimizers = [
             self.temperature_optimizer,
             self.critic_optimizer,
@@ -158,7 +167,8 @@ class SAC:
         alpha_loss = -(log_alpha * entropy_gap).squeeze(-1)  # [S]
         self.temperature_flat.zero_grad()
         alpha_loss.sum().backward()  # type: ignore[no-untyped-call]
-        self.temperature_optimizer.step()
+        bad = self.guard.found_inf("temperature", self.temperature_flat.grad_norm())
+        self.temperature_optimizer.step(bad)
 
         # y = r + gamma (min_i Qbar_i(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s'),
         # and r alone where s' is terminal
@@ -172,17 +182,19 @@ class SAC:
         error = q - y.unsqueeze(1)
         critic_loss = 0.5 * error.square().sum(1)  # [S, B]
         pullback(error.div_(q.shape[-1]))
-        take_step(self.critic_optimizer, critic_loss)
+        bad = self.guard.found_inf("critic", self.critic_flat.grad_norm())
+        take_step(self.critic_optimizer, critic_loss, bad)
 
         # actor: J(phi) = mean alpha log pi(a_pi|s) - min_i Q_i(s, a_pi); no gradient to the critics
         q_pi = self.critic(s, a_pi, frozen=True).amin(1)  # [S, B]
         actor_loss = (alpha * log_pi - q_pi).mean(-1)  # [S]
         self.actor_flat.zero_grad()
         actor_loss.sum().backward()
-        self.actor_optimizer.step()
+        self.actor_optimizer.step(self.guard.found_inf("actor", self.actor_flat.grad_norm()))
 
         # thetabar_i <- tau theta_i + (1 - tau) thetabar_i
-        self.critic_target.update()
+        for target in self.targets.values():
+            target.update()
         return {
             "losses/qf_loss": critic_loss,
             "losses/q_values": q,

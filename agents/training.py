@@ -1,5 +1,6 @@
 """The training loop: S seeds side by side on Gymnasium environments."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agents.evaluation import Evaluation, Evaluator
+from agents.guard import EnvironmentFault, Guard, NonFiniteError
 from agents.limits import check
 from agents.networks import stack_members
 from agents.pixels import FrameReplay
@@ -29,6 +31,8 @@ class Agent(Protocol):
     config: Any
     policy: nn.Module
     """acts, and is what averages are taken of"""
+    guard: Guard
+    """notices gradients that are not finite"""
     optimizers: Sequence[torch.optim.Optimizer]
     targets: dict[str, TargetNetwork]
 
@@ -37,7 +41,7 @@ class Agent(Protocol):
         ...
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step; tags with values [S, ...], left on the device, shown by their means."""
+        """One gradient step; tags with values [S, ...] on the device, shown by their means."""
         ...
 
     def charts(self, step: int) -> dict[str, float]:
@@ -75,6 +79,8 @@ class TrainConfig:
     """episodes in an evaluation"""
     lr_decay: Literal["constant", "linear"] = "constant"
     """learning rates as they are, or falling linearly to 0 at the last gradient step"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """what a NaN or an infinity does: end the run, or be left out and counted (one seed only)"""
     log_every: int = 1000
     """environment steps between two readings of losses and speed"""
     device: str = "cpu"
@@ -82,13 +88,21 @@ class TrainConfig:
 
 
 class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
-    """Gives every episode a seed of its own, so that any episode can be played again alone."""
+    """Gives every episode a seed of its own, so that any episode can be played again alone.
+
+    Raises:
+        EnvironmentFault: The environment raised, or returned an observation or a reward of another
+            shape; the message says which seed and step reproduce it.
+    """
 
     def __init__(self, env: gym.Env[Any, Any], seed: int, env_index: int) -> None:
         super().__init__(env)
         self.seed = seed
         self.env_index = env_index
         self.episode = 0
+        self.reset_seed: int | None = None
+        self.steps = 0
+        self.before = ""  # `where` at the end of the episode before
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -97,7 +111,39 @@ class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
         if seed is None:
             seed = episode_seed(self.seed, self.env_index, self.episode)
         self.episode += 1
-        return self.env.reset(seed=seed, options=options)
+        self.before = self.where()
+        self.reset_seed, self.steps = seed, 0
+        try:
+            obs, info = self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            raise self._fault(f"raised {type(error).__name__} in reset: {error}") from error
+        self._check_shape("observation", obs, self.observation_space.shape)
+        return obs, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step the environment; what goes wrong is named."""
+        self.steps += 1
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as error:
+            raise self._fault(f"raised {type(error).__name__} in step: {error}") from error
+        self._check_shape("observation", obs, self.observation_space.shape)
+        self._check_shape("reward", reward, ())
+        return obs, reward, terminated, truncated, info
+
+    def where(self) -> str:
+        """What plays the episode again up to now."""
+        return (
+            f"environment {self.env_index} of seed {self.seed}, step {self.steps} of the episode "
+            f"that reset(seed={self.reset_seed}) begins"
+        )
+
+    def _check_shape(self, what: str, value: Any, shape: tuple[int, ...] | None) -> None:
+        if np.shape(value) != shape:
+            raise self._fault(f"returned {what} of shape {np.shape(value)}, not {shape}")
+
+    def _fault(self, what: str) -> EnvironmentFault:
+        return EnvironmentFault(f"the environment {what} ({self.where()})")
 
 
 def crossings(before: int, after: int, every: int) -> int:
@@ -132,9 +178,13 @@ class Training:
         schemes: Name -> function that returns policy weights; each is evaluated. "last" is there.
         diagnostics: Functions that return tags with values [S], called for a log line.
         stopping: Set it to end `run` after the step under way.
+        skipped: Transitions and gradient steps that were left out, with `on_nonfinite="skip"`.
 
     Raises:
         ValueError: The environment, its spaces or a number is not one that can be trained on.
+        NonFiniteError: While it runs: an observation, a reward, a loss or a gradient is not finite.
+            Weights, targets and averages have not taken it in.
+        EnvironmentFault: While it runs: an environment made here raised or broke its spaces.
     """
 
     def __init__(
@@ -159,6 +209,8 @@ class Training:
                 f"buffer_size must be at least n_envs = {config.n_envs}, "
                 f"got {agent_config.buffer_size}"
             )
+        if config.on_nonfinite == "skip" and len(self.seeds) > 1:
+            raise ValueError("on_nonfinite skip trains one seed: several would skip together")
         self.device = torch.device(config.device)
         self.envs = _vector_env(config, self.seeds) if envs is None else envs
         self.autoreset = self.envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
@@ -197,6 +249,7 @@ class Training:
 
         self.step = 0
         self.updates = 0
+        self.skipped = 0
         self.losses: dict[str, Tensor] = {}
         self.evaluations: dict[str, Evaluation] = {}  # the newest [S, E] of each scheme
         self.evaluated_at = 0
@@ -216,6 +269,7 @@ class Training:
         while self.step < self.config.total_steps and not self.stopping:
             self.advance()
             on_step()
+        self.require_finite()
         if self.evaluated_at < self.step >= self.config.total_steps:
             self.evaluate()
 
@@ -229,6 +283,22 @@ class Training:
             self._log_diagnostics()
         if crossings(before, self.step, self.eval_every):
             self.evaluate()
+
+    def require_finite(self) -> None:
+        """Read what the agent's guard has noticed; called at log lines and before checkpoints.
+
+        Raises:
+            NonFiniteError: A gradient was not finite, and `on_nonfinite` is "stop".
+        """
+        first_update = self.updates - len(self.agent.guard.env_steps) + 1
+        bad = self.agent.guard.read()
+        if bad and self.config.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"the gradient of {bad[0].network} of seed {self.seeds[bad[0].member]} was not "
+                f"finite at gradient step {first_update + bad[0].row}, environment step "
+                f"{bad[0].env_step}"
+            )
+        self.skipped += len({gradient.row for gradient in bad})
 
     def evaluate(self) -> None:
         """Play the evaluation episodes with the policy of every scheme."""
@@ -251,6 +321,7 @@ class Training:
         Returns:
             Name -> returns and lengths [S, E].
         """
+        self.require_finite()
         policy = stack_members(self.agent.policy, list(states.values()))
         result = self.evaluator.evaluate(policy, np.tile(episodes, (len(states), 1)))
         shape = (len(states), *episodes.shape)
@@ -274,14 +345,15 @@ class Training:
         return crossings(first, last, c.train_every) * int(c.gradient_steps)
 
     def _interact(self) -> None:
-        obs = self.obs
-        action = self.agent.explore(torch.from_numpy(obs).to(self.device), self.step).cpu().numpy()
+        obs, skip = self.obs, self.config.on_nonfinite == "skip"
+        seen = np.nan_to_num(obs, posinf=0, neginf=0) if skip else obs
+        action = self.agent.explore(torch.from_numpy(seen).to(self.device), self.step).cpu().numpy()
         observed, reward, terminated, truncated, info = self.envs.step(
             self.interface.to_env(action.reshape(-1, *action.shape[2:]))
         )
         self.obs = next_obs = self._observations(observed)
         ended = terminated | truncated
-        real: Any = slice(None)
+        real = np.ones(len(ended), dtype=bool)
         if self.autoreset == AutoresetMode.NEXT_STEP:
             real = ~self.ended  # the step after an end only resets: it is no transition at all
         elif ended.any():
@@ -290,15 +362,51 @@ class Training:
             for i in np.flatnonzero(ended):
                 next_obs.reshape(observed.shape)[i] = info["final_obs"][i]
 
-        reward = reward.reshape(action.shape[:2])[:, real]  # [S, n]
-        terminated = terminated.reshape(action.shape[:2])[:, real]
-        self.replay.add(obs[:, real], action[:, real], reward, terminated, next_obs[:, real])
-        self.step += reward.shape[1]
-        self.episode_return[real] += reward.ravel()
+        stored = real
+        if skip:
+            stored = real & _finite(obs) & _finite(next_obs) & np.isfinite(reward)
+            self.skipped += int((real & ~stored).sum())
+            reward = np.nan_to_num(reward, posinf=0, neginf=0)
+        else:
+            self._require_finite(next_obs, reward, ended)
+        if stored.any():
+            kept: Any = slice(None) if stored.all() else stored  # else of one seed
+            by_seed = action.shape[:2]
+            self.replay.add(
+                obs[:, kept],
+                action[:, kept],
+                reward.reshape(by_seed)[:, kept],
+                terminated.reshape(by_seed)[:, kept],
+                next_obs[:, kept],
+            )
+        self.step += int(real.sum()) // len(self.seeds)
+        self.episode_return[real] += reward[real]
         self.episode_length[real] += 1
         self.ended = ended
         if ended.any():
             self._finish_episodes()
+
+    def _require_finite(
+        self, next_obs: NDArray[Any], reward: NDArray[np.float64], ended: NDArray[np.bool_]
+    ) -> None:
+        """Raise NonFiniteError if what the environments returned is not finite."""
+        for what, finite, before_reset in (
+            ("a reward", np.isfinite(reward), True),
+            ("an observation", _finite(next_obs), True),
+            ("the first observation of an episode", _finite(self.obs), False),
+        ):
+            for i in np.flatnonzero(~finite):
+                raise NonFiniteError(
+                    f"{what} is not finite after {self.step} environment steps: "
+                    f"{self._where(int(i), before_reset and bool(ended[i]))}"
+                )
+
+    def _where(self, i: int, before_reset: bool) -> str:
+        """What plays the episode of environment number i again, or the one before its reset."""
+        env = self.envs.envs[i] if isinstance(self.envs, SyncVectorEnv) else None
+        if not isinstance(env, EpisodeSeeds):
+            return f"environment {i}"
+        return env.before if before_reset else env.where()
 
     def _finish_episodes(self) -> None:
         for i in np.flatnonzero(self.ended):
@@ -317,26 +425,55 @@ class Training:
         if self.config.lr_decay == "linear":
             for optimizer, rate in self.rates:
                 optimizer.param_groups[0]["lr"] = rate * (1 - self.updates / self.total_updates)
+        if self.agent.config.tau_end is not None:
+            for target in self.agent.targets.values():
+                target.tau = self._tau()
         batch = self.replay.sample(self.agent.config.batch_size, self.sampling)
-        self.losses = self.agent.update(batch)
+        if self.agent.guard.full:
+            self.require_finite()
+        self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays
+        self.agent.guard.count(self.step)
         self.updates += 1
         for record in self.recorders:
             record()
 
+    def _tau(self) -> float:
+        """The weight in the next update of a soft target: on a line from `tau` to `tau_end`."""
+        c = self.agent.config
+        progress = self.updates / max(1, self.total_updates)
+        return float(c.tau + progress * (c.tau_end - c.tau))
+
     def _log_diagnostics(self) -> None:
         step, now = self.logged_at
         charts = self.agent.charts(self.step)
+        if self.config.on_nonfinite == "skip":
+            charts["charts/skipped"] = self.skipped
         charts["charts/SPS"] = (self.step - step) / (time.perf_counter() - now)
-        tensors = {tag: x.flatten(1).mean(1) for tag, x in self.losses.items()}
+        if self.agent.config.tau_end is not None:
+            charts["charts/tau"] = self._tau()
+        self.require_finite()
+        tensors = {tag: x.reshape(len(x), -1).mean(1) for tag, x in self.losses.items()}
         for name, target in self.agent.targets.items():
             lag = target.lag(members=True)  # twin critics are two members of a seed
             tensors[f"target/lag/{name}"] = lag.view(len(self.seeds), -1).mean(1)
         for diagnose in self.diagnostics:
             tensors |= {tag: x.float() for tag, x in diagnose().items()}
-        rows = torch.stack(list(tensors.values()), dim=1).tolist()  # [S, tags], one read-back
+        columns = list(tensors.values())  # none before the first gradient step without a target
+        rows = torch.stack(columns, dim=1).tolist() if columns else [[]] * len(self.seeds)
+        self._require_finite_losses(rows)
         for log, row in zip(self.logs, rows, strict=True):
             log.scalars(self.step, charts | dict(zip(tensors, row, strict=True)))
         self.logged_at = (self.step, time.perf_counter())
+
+    def _require_finite_losses(self, rows: Sequence[Sequence[float]]) -> None:
+        """Raise NonFiniteError for the newest losses [S][tags], which come first; or let be."""
+        for seed, row in zip(self.seeds, rows, strict=True):
+            for tag, value in zip(self.losses, row, strict=False):
+                if not math.isfinite(value) and self.config.on_nonfinite == "stop":
+                    raise NonFiniteError(
+                        f"{tag} of seed {seed} is {value} at gradient step {self.updates}, "
+                        f"environment step {self.step}"
+                    )
 
     def _observations(self, observed: NDArray[Any]) -> NDArray[Any]:
         obs = np.asarray(observed, dtype=self.interface.obs_dtype)
@@ -351,6 +488,12 @@ def _vector_env(config: TrainConfig, seeds: Sequence[int]) -> SyncVectorEnv:
         [build(seed, i) for seed in seeds for i in range(config.n_envs)],
         autoreset_mode=AutoresetMode.SAME_STEP,
     )
+
+
+def _finite(obs: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of the observations [S, n_envs, ...] are finite, [S * n_envs]."""
+    finite: NDArray[np.bool_] = np.isfinite(obs.reshape(obs.shape[0] * obs.shape[1], -1)).all(1)
+    return finite
 
 
 def _check_seeds(seeds: tuple[int, ...], logs: tuple[Log, ...], own_envs: bool) -> None:

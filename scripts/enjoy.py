@@ -134,7 +134,8 @@ def play(
         obs, _ = env.reset(seed=seed)
         total, length, ended = 0.0, 0, False
         while not ended:
-            batch = torch.as_tensor(obs, dtype=torch.float32).view(1, 1, -1)
+            obs = np.asarray(obs, spaces.obs_dtype)
+            batch = torch.from_numpy(obs).view(1, 1, *spaces.obs_shape)
             action = policy.act(batch)[0, 0].numpy()  # type: ignore[operator]
             obs, reward, terminated, truncated, _ = env.step(spaces.to_env(action))
             total += float(reward)

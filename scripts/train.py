@@ -1,4 +1,4 @@
-"""Train DQN, DDPG or SAC on a Gymnasium environment.
+"""Train DQN, DDPG, SAC or TD3 on a Gymnasium environment.
 
     python -m scripts.train dqn --env-id CartPole-v1
     python -m scripts.train sac --env-id Pendulum-v1 --seed 2 --learning-rate 3e-4
@@ -35,15 +35,22 @@ from agents.averaging import PolicyAverages, default_rules
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
+from agents.guard import EnvironmentFault, NonFiniteError
 from agents.memory import keep_freed_memory
 from agents.networks import select_member, stack_members
 from agents.presets import ALGORITHMS, preset
 from agents.sac import SACConfig
+from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from scripts.enjoy import drawn_env, open_env, play
 from scripts.run_folder import RunFolder, new_run_folder
 
-DEFAULT_ENV = {"dqn": "CartPole-v1", "ddpg": "Pendulum-v1", "sac": "Pendulum-v1"}
+DEFAULT_ENV = {
+    "dqn": "CartPole-v1",
+    "ddpg": "Pendulum-v1",
+    "sac": "Pendulum-v1",
+    "td3": "Pendulum-v1",
+}
 
 AgentConfig = TypeVar("AgentConfig")
 
@@ -119,6 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return train(run)
+    except (NonFiniteError, EnvironmentFault) as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(
+            f"The last good checkpoint is of step {run.checkpoints.step:,}. From there it happens "
+            "again, for a debugger.",
+            file=sys.stderr,
+        )
+        print(how_to_go_on(run), file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         print(how_to_go_on(run), file=sys.stderr)
@@ -185,18 +201,19 @@ def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
         Annotated[Options[DQNConfig], subcommand("dqn", default=default("dqn"))]
         | Annotated[Options[DDPGConfig], subcommand("ddpg", default=default("ddpg"))]
         | Annotated[Options[SACConfig], subcommand("sac", default=default("sac"))]
+        | Annotated[Options[TD3Config], subcommand("td3", default=default("td3"))]
     )
     options: Options[Any] = tyro.cli(
         OmitArgPrefixes[choice],  # type: ignore[valid-type]
         args=argv,
         prog="python -m scripts.train",
-        description="Train DQN, DDPG or SAC on a Gymnasium environment.",
+        description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment.",
     )
     if options.threads < 1:
         raise ValueError(f"threads must be at least 1, got {options.threads}")
     device = resolve_device(options.run.device)
     run = dataclasses.replace(options.run, device=device)
-    algo = next(name for name, (_, c) in ALGORITHMS.items() if isinstance(options.agent, c))
+    algo = next(name for name, (_, c) in ALGORITHMS.items() if type(options.agent) is c)
     return algo, dataclasses.replace(options, run=run)
 
 
@@ -447,6 +464,10 @@ def summary(algo: str, training: Training, member: int, folder: RunFolder, secon
     ]
     if training.step < training.config.total_steps:
         lines.append(f"Stopped before the end ({training.config.total_steps:,} steps).")
+    if training.skipped:
+        lines.append(
+            f"{training.skipped:,} transitions and gradient steps were not finite: skipped."
+        )
     if not folder.last:
         return "\n".join([*lines, "It was not evaluated."])
     first_step, first, _ = folder.last[0]

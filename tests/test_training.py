@@ -419,6 +419,8 @@ def test_every_preset_is_a_valid_config_for_an_environment_that_exists():
             agent, total_steps = preset(algo, env_id)
             assert isinstance(agent, ALGORITHMS[algo][1])
             assert total_steps > agent.learning_starts
+            if env_id.startswith("ALE/"):  # of a package of its own; test_pixels.py plays it
+                continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 assert gym.spec(env_id).id == env_id

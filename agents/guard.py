@@ -1,0 +1,87 @@
+"""Bad numbers: noticed on the device, kept out of the weights, and named."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteError(FloatingPointError):
+    """A NaN or an infinity where a number is needed."""
+
+
+class EnvironmentFault(RuntimeError):
+    """An environment raised, or returned what its spaces do not allow."""
+
+
+class BadGradient(NamedTuple):
+    """Where a gradient was not finite."""
+
+    network: str
+    member: int
+    """index of the seed"""
+    env_step: int
+    """environment steps taken when the gradient step began"""
+    row: int
+    """index of the gradient step since the last reading"""
+
+
+class Guard:
+    """Notices gradients that are not finite, without reading anything back in a gradient step.
+
+    `found_inf` gives the flag that fused optimizers take: where it is 1 they leave weights and
+    moments alone. So no NaN ever reaches a weight, a target or an average; the flags are kept and
+    read when a log line or a checkpoint is due.
+
+    Args:
+        networks: Names of what is watched.
+        members: Number S of seeds.
+        device: Of the gradients.
+        capacity: Gradient steps for which flags are kept.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[str],
+        members: int,
+        device: torch.device | str,
+        capacity: int = 1024,
+    ) -> None:
+        self.networks = tuple(networks)
+        self.flags = torch.zeros(capacity, len(networks), members, device=device)
+        self.env_steps: list[int] = []  # of each gradient step since the last reading
+        self._rows = [row.unbind(0) for row in self.flags.unbind(0)]
+
+    @property
+    def full(self) -> bool:
+        """True when the flags must be read before the next gradient step."""
+        return len(self.env_steps) == len(self.flags)
+
+    def found_inf(self, network: str, norm: Tensor) -> Tensor:
+        """1 where the gradient of any seed is not finite, else 0; a 0-dim tensor on the device.
+
+        Args:
+            network: One of `networks`.
+            norm: Its gradient norms [S * n], a seed's members side by side.
+        """
+        flag = self._rows[len(self.env_steps)][self.networks.index(network)]  # [S]
+        if len(norm) > len(flag):
+            norm = norm.view(len(flag), -1).sum(-1)
+        torch.nan_to_num(norm * 0, nan=1.0, out=flag)  # 0 times NaN or an infinity is NaN
+        return flag.amax()
+
+    def count(self, env_step: int) -> None:
+        """Count a gradient step that was begun after `env_step` environment steps."""
+        self.env_steps.append(env_step)
+
+    def read(self) -> list[BadGradient]:
+        """The bad gradients since the last reading, oldest first; the flags are cleared."""
+        rows = self.flags[: len(self.env_steps)]
+        bad = [
+            BadGradient(self.networks[network], member, self.env_steps[row], row)
+            for row, network, member in rows.nonzero().tolist()
+        ]
+        rows.zero_()
+        self.env_steps = []
+        return bad
