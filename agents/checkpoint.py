@@ -38,7 +38,7 @@ from agents.averaging import PolicyAverages
 from agents.evaluation import Evaluation
 from agents.training import EpisodeSeeds, Training
 
-SCHEMA = 1
+SCHEMA = 2
 
 State = dict[str, Any]
 
@@ -301,6 +301,7 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
             "return": torch.from_numpy(training.episode_return.copy()),
             "length": torch.from_numpy(training.episode_length.copy()),
             "latest_return": torch.from_numpy(training.latest_return.copy()),
+            "logged_at": torch.from_numpy(training.episode_logged_at.copy()),
         },
     }
 
@@ -463,6 +464,7 @@ def _restore_environments(training: Training, saved: State) -> list[str]:
     training.episode_return = saved["return"].numpy().copy()
     training.episode_length = saved["length"].numpy().copy()
     training.latest_return = saved["latest_return"].numpy().copy()
+    training.episode_logged_at = saved["logged_at"].numpy().copy()
     notes = []
     envs = _own_environments(training)
     for i, env in enumerate(envs):

@@ -25,6 +25,10 @@ from agents.spaces import interface, make_env
 from polyak_rl import TargetNetwork
 
 
+EPISODES_SHOWN = 10_000
+"""Points in a curve of training episodes beyond which some are left out."""
+
+
 class Agent(Protocol):
     """What the loop needs of an algorithm; every tensor begins with the seeds' dimension S."""
 
@@ -263,6 +267,7 @@ class Training:
         self.episode_return = np.zeros(n)
         self.episode_length = np.zeros(n, dtype=np.int64)
         self.latest_return = np.full(len(self.seeds), np.nan)
+        self.episode_logged_at = np.zeros(len(self.seeds), dtype=np.int64)  # the newest one's step
 
     def run(self, on_step: Callable[[], None] = lambda: None) -> None:
         """Train to the last step, calling `on_step` after each; evaluate at the end."""
@@ -412,7 +417,7 @@ class Training:
         for i in np.flatnonzero(self.ended):
             member = i // self.config.n_envs
             self.latest_return[member] = self.episode_return[i]
-            if self.logs:
+            if self.logs and self._episode_shown(member):
                 values = {
                     "charts/episodic_return": float(self.episode_return[i]),
                     "charts/episodic_length": float(self.episode_length[i]),
@@ -420,6 +425,15 @@ class Training:
                 self.logs[member].scalars(self.step, values)
         self.episode_return[self.ended] = 0
         self.episode_length[self.ended] = 0
+
+    def _episode_shown(self, member: int) -> bool:
+        """Whether an episode that ends now is logged: of longer runs some 10,000 are."""
+        spacing = self.config.total_steps // EPISODES_SHOWN
+        before = int(self.episode_logged_at[member])
+        if spacing > 1 and not crossings(before, self.step, spacing):
+            return False
+        self.episode_logged_at[member] = self.step
+        return True
 
     def _learn(self) -> None:
         if self.config.lr_decay == "linear":

@@ -14,6 +14,7 @@ as if nothing had happened; of seeds trained together, RUN is the first one's fo
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import shutil
 import signal
@@ -22,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import IO, Annotated, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -96,6 +97,8 @@ class Run:
     averages: PolicyAverages | None
     folders: list[RunFolder]
     checkpoints: Checkpoints
+    lock: IO[str]
+    """held by this process as long as it is open"""
     tried_at: int
     """environment step of the last checkpoint, written or not"""
 
@@ -145,6 +148,7 @@ def train(run: Run) -> int:
     """Train to the end or until stopped, and leave what there is; returns the exit code."""
     training, started = run.training, time.perf_counter()
     with contextlib.closing(training), contextlib.ExitStack() as stack:
+        stack.enter_context(run.lock)
         for folder in run.folders:
             stack.enter_context(contextlib.closing(folder))
         with stops_on_interrupt(training) as signals:
@@ -300,6 +304,7 @@ def set_up(algo: str, options: Options[Any]) -> Run:
             about,
             replay=options.checkpoint_replay,
         )
+        held = lock(folders[0].path)
         checkpoints.save()  # from here on the run can be resumed
     except (ValueError, OSError):
         for folder in folders:
@@ -307,7 +312,7 @@ def set_up(algo: str, options: Options[Any]) -> Run:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
     training.logs = tuple(folders)
-    return Run(algo, options, training, averages, folders, checkpoints, training.step)
+    return Run(algo, options, training, averages, folders, checkpoints, held, training.step)
 
 
 def resume(path: Path) -> Run | None:
@@ -316,7 +321,7 @@ def resume(path: Path) -> Run | None:
     Nothing is written before everything has been read and verified.
 
     Raises:
-        ValueError: There is no checkpoint that can be used.
+        ValueError: There is no checkpoint that can be used, or the run still goes on.
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not the folder of a run")
@@ -325,6 +330,7 @@ def resume(path: Path) -> Run | None:
     if checkpoint.step >= options.run.total_steps:
         return None
     resolve_device(options.run.device)
+    held = lock(path)
     training, averages = build(algo, options)
     notes += restore(checkpoint, training, averages)
     paths = [path, *(path.parent / Path(name).name for name in checkpoint.about["folders"][1:])]
@@ -347,7 +353,22 @@ def resume(path: Path) -> Run | None:
         replay=options.checkpoint_replay,
         after=checkpoint,
     )
-    return Run(algo, options, training, averages, folders, checkpoints, training.step)
+    return Run(algo, options, training, averages, folders, checkpoints, held, training.step)
+
+
+def lock(folder: Path) -> IO[str]:
+    """Take a run for this process; the system gives it free when the process ends, however.
+
+    Raises:
+        ValueError: Another process has it.
+    """
+    file = (folder / "config.json").open()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder} is being trained by another process") from None
+    return file
 
 
 def recorded(about: dict[str, Any]) -> tuple[str, Options[Any]]:

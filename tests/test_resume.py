@@ -21,6 +21,7 @@ from agents.checkpoint import Checkpoints, newest, restore, training_state
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.sac import SACConfig
+from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training
 from polyak_rl import Ema, Uniform
 from scripts import train
@@ -31,6 +32,7 @@ SMALL = {"hidden": (8,), "batch_size": 8, "learning_starts": 20}
 DQN = ("dqn", DQNConfig(**SMALL, train_every=2, target_update_every=7), "CartPole-v1")
 DDPG = ("ddpg", DDPGConfig(**SMALL), "Pendulum-v1")
 SAC = ("sac", SACConfig(**SMALL), "Pendulum-v1")
+TD3 = ("td3", TD3Config(**SMALL, policy_delay=3), "Pendulum-v1")
 
 
 def new(case, steps, seeds=(1,), n_envs=1, **options):
@@ -78,7 +80,7 @@ def assert_same_run(whole, parts):
     assert torch.equal(ours.rows[:, : ours.size], theirs.rows[:, : theirs.size])
 
 
-@pytest.mark.parametrize("case", [DQN, DDPG, SAC], ids=["dqn", "ddpg", "sac"])
+@pytest.mark.parametrize("case", [DQN, DDPG, SAC, TD3], ids=["dqn", "ddpg", "sac", "td3"])
 @pytest.mark.parametrize("n_envs", [1, 2])
 @pytest.mark.parametrize("seeds", [(1,), (4, 2)], ids=["alone", "together"])
 def test_a_resumed_training_is_the_same_to_the_bit(case, n_envs, seeds, tmp_path):
@@ -114,8 +116,21 @@ def test_a_resumed_training_is_the_same_to_the_bit(case, n_envs, seeds, tmp_path
         ((DDPG[0], replace(DDPG[1], optimizer="asgd"), DDPG[2]), {}),
         ((DDPG[0], DDPG[1], "Reacher-v5"), {}),
         ((SAC[0], SAC[1], "InvertedDoublePendulum-v5"), {}),
+        ((SAC[0], replace(SAC[1], target="hard", target_update_every=7), SAC[2]), {}),
+        ((TD3[0], replace(TD3[1], target="none"), TD3[2]), {}),
+        ((TD3[0], replace(TD3[1], tau=0.5, tau_end=0.01), TD3[2]), {}),
     ],
-    ids=["ring that wraps", "learning rate", "polyak_sgd", "asgd", "mujoco", "mujoco too"],
+    ids=[
+        "ring that wraps",
+        "learning rate",
+        "polyak_sgd",
+        "asgd",
+        "mujoco",
+        "mujoco too",
+        "hard target",
+        "no target",
+        "tau's schedule",
+    ],
 )
 def test_any_number_of_resumes_changes_nothing(case, options, tmp_path):
     whole = new(case, 200, **options)
@@ -327,6 +342,22 @@ def test_a_finished_run_has_nothing_to_resume_and_stays_as_it_is(whole, capsys):
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
+def test_a_run_that_still_goes_on_is_not_resumed_beside_itself(tmp_path, monkeypatch, capsys):
+    advance, refused = Training.advance, []
+
+    def resume_meanwhile(self):
+        advance(self)
+        if self.step == 133:
+            (folder,) = tmp_path.iterdir()
+            refused.append(train.main(["--resume", str(folder)]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "advance", resume_meanwhile)
+        assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 0
+    assert refused == [2]
+    assert "is being trained by another process" in capsys.readouterr().err
+
+
 def test_seeds_together_are_resumed_together(tmp_path, monkeypatch):
     command = f"ddpg {QUICK} {TINY} --checkpoint-every 70 --seeds 1,4 --together".split()
     assert train.main([*command, "--runs-dir", str(tmp_path / "whole")]) == 0
@@ -399,6 +430,7 @@ KILLS = {
     "dqn": f"{DQN_TINY} --n-envs 2",
     "ddpg": "ddpg --env-id Reacher-v5",
     "sac": "sac --env-id Pendulum-v1 --seeds 1,3 --together",
+    "td3": "td3 --env-id Reacher-v5 --tau 0.05 --tau-end 0.001",
 }
 LONGER = "--total-steps 3000 --eval-every 500 --eval-episodes 2 --log-every 100 --device cpu"
 LONGER += " --checkpoint-every 150"
