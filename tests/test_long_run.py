@@ -11,7 +11,7 @@ from gymnasium import spaces
 from agents.averaging import PolicyAverages, default_rules
 from agents.checkpoint import Checkpoints
 from agents.dqn import DQNConfig
-from agents.training import EPISODES_SHOWN, TrainConfig, Training
+from agents.training import TrainConfig, Training
 from scripts.run_folder import RunFolder
 
 
@@ -81,8 +81,9 @@ def test_memory_and_open_files_stay_over_a_million_steps(tmp_path, capsys):
     assert events < 8 * 2**20
 
 
-def test_no_more_training_episodes_are_logged_than_a_curve_can_show(tmp_path):
-    steps = []
+def test_no_more_training_episodes_are_logged_than_a_curve_can_show(monkeypatch):
+    shown, steps = 300, []
+    monkeypatch.setattr("agents.training.EPISODES_SHOWN", shown)
 
     class Log:
         def scalars(self, step, values):
@@ -92,10 +93,10 @@ def test_no_more_training_episodes_are_logged_than_a_curve_can_show(tmp_path):
         def evaluation(self, *args):
             pass
 
-    total = 4 * EPISODES_SHOWN
+    total = 8 * shown
     agent = DQNConfig(hidden=(8,), learning_starts=total)
     training = Training("dqn", agent, TrainConfig("test/Short-v0", total), logs=[Log()])
     training.run()
     training.close()
-    assert 0.7 * EPISODES_SHOWN < len(steps) <= EPISODES_SHOWN
+    assert 0.7 * shown < len(steps) <= shown
     assert steps == sorted(set(steps))
