@@ -93,6 +93,26 @@ def test_no_gradient_reaches_inputs_that_want_none():
     assert all(p.grad is not None for p in net.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_loss_through_actor_and_frozen_critic_is_traced_whole(backend):
+    actor, critic = GaussianActor(3, 2, (8, 8), gens(0, 1)), Critic(3, 2, (8, 8), gens(0, 1), n=2)
+    obs = torch.randn(2, 5, 3, generator=gens(9)[0])
+    noise = torch.randn(2, 5, 2, generator=gens(8)[0])
+
+    def loss(obs, noise):
+        action, log_prob = actor.sample(obs, noise)
+        return (0.2 * log_prob - critic(obs, action, frozen=True).amin(1)).mean()
+
+    loss(obs, noise).backward()
+    expected = [p.grad for p in actor.parameters()]
+    actor.zero_grad()
+    torch.compile(loss, fullgraph=True, backend=backend)(obs, noise).backward()
+    for parameter, gradient in zip(actor.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+    assert all(p.grad is None for p in critic.parameters())
+
+
 def test_a_second_derivative_is_refused_not_wrong():
     net = MLP((3, 8, 2), gens(0))
     x = torch.randn(1, 7, 3, generator=gens(9)[0]).requires_grad_()
