@@ -1,1 +1,1 @@
-"""DQN, DDPG and SAC, and what they run on."""
+"""DQN, DDPG, SAC and TD3, and what they run on."""

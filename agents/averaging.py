@@ -12,7 +12,7 @@ from polyak_rl import AverageBank, Ema, Rule, Timeline, Uniform
 class PolicyAverages:
     """Records the weights of a training's policy after every gradient step.
 
-    Averages are taken of what acts: DQN's Q network, the actor of DDPG and SAC. Training is the
+    Averages are taken of what acts: DQN's Q network, the others' actor. Training is the
     same, bit for bit, with it and without.
 
     Args:

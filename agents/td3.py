@@ -40,6 +40,8 @@ from polyak_rl import flatten_
 class TD3Config(DDPGConfig):
     """Defaults of Stable-Baselines3's TD3: those of DDPG, and the paper's for what is TD3's own."""
 
+    target_update_every: int = 800
+    """gradient steps between two copies of a hard target; 800: the mean age of the soft target"""
     policy_delay: int = 2
     """gradient steps of the critics to one of the actor and one update of soft targets"""
     target_noise_std: float = 0.2

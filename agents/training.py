@@ -24,7 +24,6 @@ from agents.seeding import Purpose, episode_seed, evaluation_seeds, generators
 from agents.spaces import interface, make_env
 from polyak_rl import TargetNetwork
 
-
 EPISODES_SHOWN = 10_000
 """Points in a curve of training episodes beyond which some are left out."""
 
@@ -415,7 +414,7 @@ class Training:
 
     def _finish_episodes(self) -> None:
         for i in np.flatnonzero(self.ended):
-            member = i // self.config.n_envs
+            member = int(i) // self.config.n_envs
             self.latest_return[member] = self.episode_return[i]
             if self.logs and self._episode_shown(member):
                 values = {

@@ -56,7 +56,7 @@ SCHEMES = {  # in the order of the tables
     "power6.94": "power function, γ = 6.94",
     "power16.97": "power function, γ = 16.97",
     "lawa": "LAWA, 5 snapshots of the last 5 %",
-    "target": "DDPG's target actor",
+    "target": "the target actor",
     "best": "best checkpoint, fresh episodes (oracle)",
     "placebo": "last iterate, other episodes (placebo)",
 }

@@ -33,7 +33,7 @@ def test_dqn_touches_the_ceiling_of_cartpole_late_in_the_run():
     assert np.count_nonzero(late >= 475) >= 4, late
 
 
-@pytest.mark.parametrize("algo", ["ddpg", "sac"])
+@pytest.mark.parametrize("algo", ["ddpg", "sac", "td3"])
 def test_pendulum_is_swung_up_and_held(algo):
     training, _ = trained(algo, "Pendulum-v1", (1,))
     starts = evaluation_seeds("Pendulum-v1", 1, 200, Purpose.POSTHOC)[None]

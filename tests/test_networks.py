@@ -6,10 +6,10 @@ from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from agents.networks import (
+    MLP,
     Critic,
     DeterministicActor,
     GaussianActor,
-    MLP,
     Linear,
     QNetwork,
     select_member,

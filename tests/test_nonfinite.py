@@ -13,6 +13,7 @@ from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.guard import BadGradient, EnvironmentFault, Guard, NonFiniteError
 from agents.sac import SACConfig
+from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training
 from scripts.train import main
 
@@ -20,6 +21,7 @@ CONFIGS = {
     "dqn": DQNConfig(batch_size=8, learning_starts=5, train_every=1, hidden=(8,)),
     "ddpg": DDPGConfig(batch_size=8, learning_starts=5, hidden=(8,)),
     "sac": SACConfig(batch_size=8, learning_starts=5, hidden=(8,)),
+    "td3": TD3Config(batch_size=8, learning_starts=5, hidden=(8,), policy_delay=1),
 }
 FAULTS = {}  # (episode, step in it) -> what goes wrong there; step 0 is the reset
 
@@ -184,7 +186,7 @@ def test_skipping_is_refused_for_several_seeds_together():
 
 NETWORKS = [
     ("dqn", "q"), ("ddpg", "critic"), ("ddpg", "actor"),
-    ("sac", "critic"), ("sac", "actor"), ("sac", "temperature"),
+    ("sac", "critic"), ("sac", "actor"), ("sac", "temperature"), ("td3", "critic"), ("td3", "actor"),
 ]  # fmt: skip
 
 

@@ -451,7 +451,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(algo, tm
         until = max(reached, 1) + rng.randrange(4)
         while checkpoints_in(parts) < until and process.poll() is None:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.3) if until > reached else rng.uniform(0, 5))
+        time.sleep(rng.uniform(0, 0.3) if until > reached else rng.uniform(0, 3))
         if process.poll() is not None:
             break
         process.kill()

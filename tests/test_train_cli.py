@@ -109,7 +109,7 @@ def test_enjoy_reaches_the_returns_that_training_wrote_down(run):
     assert played == np.load(run / "evaluations.npz")["results"][-1].tolist()
 
 
-@pytest.mark.parametrize("algo", ["ddpg", "sac"])
+@pytest.mark.parametrize("algo", ["ddpg", "sac", "td3"])
 def test_the_continuous_algorithms_train_and_the_summary_says_what_was_learned(
     algo, tmp_path, capsys
 ):

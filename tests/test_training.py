@@ -13,6 +13,7 @@ from agents.dqn import DQNConfig
 from agents.presets import ALGORITHMS, PRESETS, preset
 from agents.sac import SACConfig
 from agents.seeding import episode_seed
+from agents.td3 import TD3Config
 from agents.training import EpisodeSeeds, TrainConfig, Training, crossings
 
 DQN_SMALL = DQNConfig(
@@ -20,6 +21,7 @@ DQN_SMALL = DQNConfig(
 )
 SAC_SMALL = SACConfig(batch_size=16, learning_starts=10, hidden=(16,))
 DDPG_SMALL = DDPGConfig(batch_size=16, learning_starts=10, hidden=(16,))
+TD3_SMALL = TD3Config(batch_size=16, learning_starts=10, hidden=(16,))
 
 
 class Counting(gym.Env):
@@ -241,6 +243,7 @@ def test_every_scheme_is_evaluated_on_the_same_episodes():
         ("dqn", replace(DQN_SMALL, train_every=1), "CartPole-v1", 120),
         ("ddpg", DDPG_SMALL, "Pendulum-v1", 60),
         ("sac", SAC_SMALL, "Pendulum-v1", 60),
+        ("td3", TD3_SMALL, "Pendulum-v1", 60),
     ],
 )
 @pytest.mark.parametrize("n_envs", [1, 2])
@@ -282,13 +285,14 @@ def test_the_buffer_holds_actions_in_minus_one_to_one_and_the_environment_gets_i
     np.testing.assert_allclose(taken, 2 + 4 * stored, atol=1e-5)
 
 
-@pytest.mark.parametrize("algo", ["dqn", "ddpg", "sac"])
+@pytest.mark.parametrize("algo", ["dqn", "ddpg", "sac", "td3"])
 def test_the_better_action_is_learned(algo):
     quick = {"learning_rate": 3e-3, "batch_size": 64, "learning_starts": 200, "hidden": (32, 32)}
     agent = {
         "dqn": replace(DQN_SMALL, train_every=1),
         "ddpg": replace(DDPG_SMALL, **quick),
         "sac": replace(SAC_SMALL, **quick, alpha_init=0.05),
+        "td3": replace(TD3_SMALL, **quick),
     }[algo]
     env_id = "test/Discrete-v0" if algo == "dqn" else "test/Continuous-v0"
     training = Training(algo, agent, TrainConfig(env_id, 800, eval_every=800, eval_episodes=1))
@@ -317,8 +321,10 @@ def test_logs_get_the_documented_tags_at_log_lines_and_at_ends_of_episodes():
             "target/lag/critic",
         },
     }
+    tags["td3"] = tags["ddpg"]
     always = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
-    for algo, agent in (("dqn", DQN_SMALL), ("ddpg", DDPG_SMALL), ("sac", SAC_SMALL)):
+    agents = {"dqn": DQN_SMALL, "ddpg": DDPG_SMALL, "sac": SAC_SMALL, "td3": TD3_SMALL}
+    for algo, agent in agents.items():
         env_id = "test/Discrete-v0" if algo == "dqn" else "test/Continuous-v0"
         logs = Recorder(), Recorder()
         config = TrainConfig(env_id, 60, log_every=25, eval_every=10**6)
@@ -428,5 +434,5 @@ def test_every_preset_is_a_valid_config_for_an_environment_that_exists():
 
 def test_an_environment_without_a_preset_gets_the_algorithms_defaults():
     assert preset("sac", "Unheard-v0")[0] == SACConfig()
-    with pytest.raises(ValueError, match="must be one of dqn, ddpg, sac, got 'ppo'"):
+    with pytest.raises(ValueError, match="must be one of dqn, ddpg, sac, td3, got 'ppo'"):
         preset("ppo", "CartPole-v1")
