@@ -3,11 +3,12 @@
     python -m scripts.compare --tier s                         # minutes; also `make compare`
     python -m scripts.compare --algo dqn --env-id CartPole-v1 --seeds 20
     python -m scripts.compare --tier m --workers 2             # hours; start it again to go on
+    python -m scripts.compare --tier l --ray auto              # on a cluster: scripts/cluster.py
 
 Plans the runs, does what is missing, one process a run, and writes `results/results.csv.gz` (a row
 an evaluation episode) and `results/runs.json` (what became of each planned run) under `--out`.
-`python -m scripts.report OUT/results` makes the report of them. A run that was killed, or the whole
-machine, costs that run's time only: finished runs stay, others are done again from their seed.
+`python -m scripts.report OUT/results` makes the report of them. When it is stopped or killed, or
+the whole machine is, start it again: finished runs stay, others go on from their last checkpoint.
 """
 
 import contextlib
@@ -20,16 +21,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agents.presets import ALGORITHMS
-from scripts.experiment import Job
+from scripts.experiment import Job, plain, read_job
 
 COLUMNS = ("run", "env", "algo", "seed", "variant", "scheme", "step", "episode", "return")
 TRIES = 3  # of a run that is killed
@@ -93,9 +94,16 @@ class Options:
     targets: bool = False
     """the target-network study (dqn): hard copies every C against soft tau = 2 / (C + 1)"""
     workers: int = 2
-    """processes side by side, one thread each"""
+    """processes side by side, one thread each; a cluster has as many as it has room for"""
     together: int = 1
     """seeds trained as members of one process"""
+    ray: str | None = None
+    """do the runs on Ray: the address of a running cluster ("auto": the one of this machine), or
+    "local" to begin one here"""
+    num_cpus: float = 1
+    """CPUs that each process takes on Ray"""
+    num_gpus: float = 0
+    """GPUs that each process takes on Ray, and trains on: 0.25 for four on one"""
     out: Path = Path("runs/compare")
     """where run folders and results go; runs that are finished there are not done again"""
 
@@ -111,7 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     missing = [job for job in jobs if not finished(job, options.out)]
     try:
-        failed = execute(missing, options.out, options.workers)
+        if options.ray is None:
+            failed = execute(missing, options.out, options.workers)
+        else:
+            failed = execute_on_ray(missing, options)
+    except (ImportError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("Stopped; start again to go on.")
         return 130
@@ -135,13 +149,23 @@ def plan(options: Options) -> list[Job]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("num_cpus", "num_gpus"):
+        value = getattr(options, name)
+        if value < 0 or (value > 1 and value % 1):
+            raise ValueError(
+                f"{name.replace('_', '-')} must be a share of one or a whole number, got {value}"
+            )
+    if options.num_gpus and options.ray is None:
+        raise ValueError("num-gpus is for --ray: without it, runs are on the CPU")
     if options.tier is not None:
         grid = TIERS[options.tier]
     else:
         assert options.algo is not None
         assert options.env_id is not None
         grid = [(options.algo, options.env_id, options.seeds or 20, {})]
-    common: dict[str, Any] = SMOKE if options.tier == "s" else {}
+    common: dict[str, Any] = {"device": "cuda" if options.num_gpus else "cpu"}
+    if options.tier == "s":
+        common |= SMOKE
     jobs = []
     for algo, env_id, seeds, changes in grid:
         if algo not in ALGORITHMS:
@@ -170,8 +194,8 @@ def variants(base: Job, options: Options) -> list[Job]:
     studies = []
     for c in TARGET_STUDY:
         tau = 2 / (c + 1)  # the same mean age of the target's weights: (C - 1) / 2
-        hard = {**base.agent, "tau": 1.0, "target_update_every": c}
-        soft = {**base.agent, "tau": tau, "target_update_every": 1}
+        hard = {**base.agent, "target": "hard", "target_update_every": c}
+        soft = {**base.agent, "target": "soft", "tau": tau}
         studies += [
             change(base, variant=f"target=hard:{c}", agent=hard),
             change(base, variant=f"target=soft:{tau:.4g}", agent=soft),
@@ -185,18 +209,57 @@ def finished(job: Job, out: Path) -> bool:
         if not (out / "runs" / name / "finished.json").exists():
             return False
     record = out / "jobs" / f"{job.run_names()[0]}.json"
-    if record.exists() and json.loads(record.read_text()) != plain(job):
+    if record.exists() and plain(read_job(record)) != plain(job):
         raise SystemExit(
             f"error: {record} has other settings than asked for now; give another --out"
         )
     return True
 
 
-def execute(jobs: list[Job], out: Path, workers: int) -> list[Job]:
-    """Do the jobs, several at a time; returns those that failed."""
+class Process(Protocol):
+    """A job under way: a `subprocess.Popen`, or a task on Ray."""
+
+    def poll(self) -> int | None:
+        """Its exit code, below 0 if it was killed; None while it is under way."""
+        ...
+
+    def terminate(self) -> None:
+        """Make it end."""
+        ...
+
+    def wait(self) -> object:
+        """Wait until it has ended."""
+        ...
+
+
+def execute_on_ray(jobs: list[Job], options: Options) -> list[Job]:
+    """Do the jobs on Ray, which queues all of them; returns those that failed."""
+    from scripts import cluster  # Ray is there for those who ask for it
+
+    assert options.ray is not None
+    with cluster.connected(
+        options.ray, options.workers, options.num_cpus, options.num_gpus
+    ) as begin:
+        return execute(jobs, options.out, workers=len(jobs), begin=begin)
+
+
+def execute(
+    jobs: list[Job],
+    out: Path,
+    workers: int,
+    begin: Callable[[Job, Path], Process] | None = None,
+) -> list[Job]:
+    """Do the jobs, several at a time; returns those that failed.
+
+    Args:
+        jobs: What to do.
+        out: As in `Options`.
+        workers: How many are begun before one has ended.
+        begin: Begins a job whose file is written; None: `start`, a process on this machine.
+    """
     waiting, failed = list(jobs), []
     tries = dict.fromkeys(map(id, jobs), 0)
-    running: dict[subprocess.Popen[bytes], tuple[Job, Any]] = {}
+    running: dict[Process, tuple[Job, Any]] = {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -211,11 +274,13 @@ def execute(jobs: list[Job], out: Path, workers: int) -> list[Job]:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
                 tries[id(job)] += 1
-                bar = progress.add_task(f"  {job.run_names()[0]}", total=job.steps())
-                running[start(job, out)] = (job, bar)
+                bar = progress.add_task(f"  {job.run_names()[0]}", total=job.steps(), visible=False)
+                prepare(job, out)
+                running[(begin or start)(job, out)] = (job, bar)
             time.sleep(0.2)
             for process, (job, bar) in list(running.items()):
-                progress.update(bar, completed=reached(job, out))
+                step = reached(job, out)
+                progress.update(bar, completed=step, visible=step > 0)
                 code = process.poll()
                 if code is None:
                     continue
@@ -234,13 +299,18 @@ def execute(jobs: list[Job], out: Path, workers: int) -> list[Job]:
     return failed
 
 
-def start(job: Job, out: Path) -> "subprocess.Popen[bytes]":
-    """Begin a job in a process of its own."""
-    name = job.run_names()[0]
+def prepare(job: Job, out: Path) -> None:
+    """Write what a job's process reads."""
     (out / "jobs").mkdir(parents=True, exist_ok=True)
-    record = out / "jobs" / f"{name}.json"
+    record = out / "jobs" / f"{job.run_names()[0]}.json"
     record.write_text(json.dumps(plain(job), indent=2) + "\n")
     progress_file(job, out).unlink(missing_ok=True)
+
+
+def start(job: Job, out: Path) -> Process:
+    """Begin a job in a process of its own."""
+    name = job.run_names()[0]
+    record = out / "jobs" / f"{name}.json"
     with (out / "jobs" / f"{name}.stderr.txt").open("wb") as stderr:
         return subprocess.Popen(
             [sys.executable, "-m", "scripts.experiment", str(record), str(out / "runs")],
@@ -262,8 +332,7 @@ def collect(out: Path) -> None:
         lines = csv.writer(_Text(packed), lineterminator="\n")
         lines.writerow(COLUMNS)
         for path in sorted((out / "jobs").glob("*.json")):
-            values = json.loads(path.read_text())
-            job = Job(**{**values, "seeds": tuple(values["seeds"])})
+            job = read_job(path)
             for name, seed in zip(job.run_names(), job.seeds, strict=True):
                 record = describe(job, name, seed, out)
                 records.append(record)
@@ -300,12 +369,6 @@ def describe(job: Job, name: str, seed: int, out: Path) -> dict[str, Any]:
         "commit": end.get("commit", ""),
         "config": {**config, "lr_decay": job.lr_decay},
     }
-
-
-def plain(job: Job) -> dict[str, Any]:
-    """A job as it reads back from its file."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(job)))
-    return values
 
 
 def progress_file(job: Job, out: Path) -> Path:

@@ -2,12 +2,14 @@
 
 Averaging never touches training, so one run gives every scheme, and all are paired: the same
 training, the same evaluation episodes. The folder that a run leaves holds the TensorBoard events
-and `evaluations.csv`; `finished.json` is written last, so a run either is finished or is done again
-from the start, with the same numbers. `scripts.compare` starts these; a single one is started by
+and `evaluations.csv`; `finished.json` is written last. A run that was cut short goes on from its
+last evaluation, or begins anew where that would not be exact (Box2D): with the same numbers either
+way. `scripts.compare` starts these; a single one is started by
 
     python -m scripts.experiment JOB.json OUT
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -26,6 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.averaging import PolicyAverages
+from agents.checkpoint import Checkpoints, newest, restore
+from agents.memory import keep_freed_memory
 from agents.presets import preset
 from agents.seeding import Purpose, evaluation_seeds
 from agents.training import TrainConfig, Training
@@ -85,6 +89,8 @@ class Job:
     """episodes of the core schemes at the last point"""
     capacity: int = 256
     """segments of the timeline"""
+    device: str = "cpu"
+    """where networks and replay buffer live, as torch names it"""
 
     def run_names(self) -> list[str]:
         """The folder of each seed's run."""
@@ -102,6 +108,18 @@ class Job:
         return dataclasses.replace(preset(self.algo, self.env_id)[0], **values)
 
 
+def read_job(path: Path) -> Job:
+    """The job of a file."""
+    values = json.loads(path.read_text())
+    return Job(**{**values, "seeds": tuple(values["seeds"])})
+
+
+def plain(job: Job) -> dict[str, Any]:
+    """A job as it reads back from its file."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(job)))
+    return values
+
+
 Report = Callable[[int], None]
 
 
@@ -110,36 +128,84 @@ def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
 
     Args:
         job: What to train.
-        out: The folder of run folders; what an interrupted try left there is removed.
+        out: The folder of run folders; a try that was cut short there goes on.
         report: Called with the environment step after every thousandth of the run.
     """
-    started = time.perf_counter()
-    total = job.steps()
-    config = TrainConfig(job.env_id, total, eval_every=total + 1, lr_decay=job.lr_decay)
-    training = Training(job.algo, job.agent_config(), config, job.seeds)
-    folders = []
-    for name, seed in zip(job.run_names(), job.seeds, strict=True):
-        shutil.rmtree(out / name, ignore_errors=True)
-        (out / name).mkdir(parents=True)
-        folders.append(RunFolder(out / name, job.algo, seed, config, job.agent_config()))
-    training.logs = tuple(folders)
-
-    measure = Measurement(job, training, folders)
-    for point in range(1, job.points + 1):
-        until = total * point // job.points
-        while training.step < until:
-            training.advance()
-            if training.step % max(1, total // 1000) == 0:
-                report(training.step)
-        measure.at(point)
-    training.close()
-    for folder in folders:
-        folder.close()
-        seconds = round((time.perf_counter() - started) / len(folders), 1)
+    started, total = time.perf_counter(), job.steps()
+    measure, checkpoints = resume(job, out) or begin(job, out)
+    training, about = measure.training, checkpoints.about
+    spent = about["seconds"]
+    with contextlib.closing(measure):
+        for point in range(about["point"] + 1, job.points + 1):
+            until = total * point // job.points
+            while training.step < until:
+                training.advance()
+                if training.step % max(1, total // 1000) == 0:
+                    report(training.step)
+            measure.at(point)
+            seconds = spent + time.perf_counter() - started
+            about |= {"point": point, "seconds": seconds, "measurement": measure.state()}
+            if point < job.points:
+                save(checkpoints, measure.folders)
+    for folder in measure.folders:
+        end = {
+            "seconds": round(seconds / len(job.seeds), 1),
+            "updates": training.updates,
+            "commit": commit(),
+        }
         partial = folder.path / "finished.json.partial"
-        end = {"seconds": seconds, "updates": training.updates, "commit": commit()}
         partial.write_text(json.dumps(end) + "\n")
         partial.replace(folder.path / "finished.json")
+    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+
+
+def begin(job: Job, out: Path) -> "tuple[Measurement, Checkpoints]":
+    """Set a job up at its first step; what its folders held is removed."""
+    measure = Measurement(job)
+    for name in job.run_names():
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir(parents=True)
+    measure.open_folders(out)
+    about = {"job": plain(job), "commit": commit(), "point": 0, "seconds": 0.0}
+    folder = checkpoint_folder(job, out)
+    return measure, Checkpoints(folder, measure.training, measure.averages, about)
+
+
+def resume(job: Job, out: Path) -> "tuple[Measurement, Checkpoints] | None":
+    """Set a job up at its last checkpoint, or return None if the numbers could become others."""
+    folder = checkpoint_folder(job, out)
+    try:
+        checkpoint, _ = newest(folder)
+        about = checkpoint.about
+        if (about["job"], about["commit"]) != (plain(job), commit()):
+            return None
+        measure = Measurement(job)
+        if restore(checkpoint, measure.training, measure.averages):
+            return None
+    except ValueError:
+        return None
+    measure.load_state(about["measurement"])
+    measure.open_folders(out, resume_at=checkpoint.step)
+    with (folder.parent / "resumed.txt").open("a") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {checkpoint.step}\n")
+    parts = (measure.training, measure.averages, about)
+    return measure, Checkpoints(folder, *parts, after=checkpoint)
+
+
+def save(checkpoints: Checkpoints, folders: list[RunFolder]) -> None:
+    """Write a checkpoint; the run goes on where that fails."""
+    try:
+        for folder in folders:
+            folder.sync()
+        checkpoints.save()
+    except OSError as error:
+        at = f"step {checkpoints.training.step:,} of {checkpoints.folder}"
+        print(f"warning: the checkpoint at {at} was not written: {error}", file=sys.stderr)
+
+
+def checkpoint_folder(job: Job, out: Path) -> Path:
+    """Where a job's checkpoints are."""
+    return out / job.run_names()[0] / "checkpoint"
 
 
 def commit() -> str:
@@ -157,8 +223,14 @@ def commit() -> str:
 class Measurement:
     """Evaluates the schemes of a run at its points."""
 
-    def __init__(self, job: Job, training: Training, folders: list[RunFolder]) -> None:
-        self.job, self.training, self.folders = job, training, folders
+    def __init__(self, job: Job) -> None:
+        total = job.steps()
+        config = TrainConfig(
+            job.env_id, total, eval_every=total + 1, lr_decay=job.lr_decay, device=job.device
+        )
+        self.job = job
+        self.training = training = Training(job.algo, job.agent_config(), config, job.seeds)
+        self.folders: list[RunFolder] = []
         self.averages = PolicyAverages(training, in_bank(training.total_updates), job.capacity)
         self.best: dict[str, Tensor] = self.averages.last()
         self.best_return = np.full(len(job.seeds), -np.inf)
@@ -166,6 +238,33 @@ class Measurement:
         self.common = rows(Purpose.EVALUATION)  # [S, E] each
         self.other = rows(Purpose.PLACEBO)
         self.fresh = rows(Purpose.ORACLE)
+
+    def open_folders(self, out: Path, resume_at: int | None = None) -> None:
+        """Write to the runs' folders from here on; see RunFolder for `resume_at`."""
+        job, config = self.job, self.training.config
+        self.folders = [
+            RunFolder(out / name, job.algo, seed, config, job.agent_config(), resume_at)
+            for name, seed in zip(job.run_names(), job.seeds, strict=True)
+        ]
+        self.training.logs = tuple(self.folders)
+
+    def close(self) -> None:
+        """Close the environments and the folders' files."""
+        self.training.close()
+        for folder in self.folders:
+            folder.close()
+
+    def state(self) -> dict[str, Any]:
+        """What changes from point to point besides the averages, as plain values of JSON."""
+        best = {name: weights.tolist() for name, weights in self.best.items()}
+        return {"best": best, "best_return": self.best_return.tolist()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.best = {
+            name: weights.new_tensor(state["best"][name]) for name, weights in self.best.items()
+        }
+        self.best_return = np.array(state["best_return"])
 
     def at(self, point: int) -> None:
         """Evaluate what is due at a point, 1 to `points`, and write it down."""
@@ -226,7 +325,7 @@ class Measurement:
     def _remember_best(self, last: Mapping[str, Tensor]) -> None:
         better = self.last_return > self.best_return
         self.best_return = np.where(better, self.last_return, self.best_return)
-        chosen = torch.from_numpy(better)
+        chosen = torch.from_numpy(better).to(self.training.device)
         self.best = {
             name: torch.where(chosen.view(-1, *[1] * (last[name].dim() - 1)), last[name], old)
             for name, old in self.best.items()
@@ -240,9 +339,9 @@ class Measurement:
 def main(argv: list[str]) -> int:
     """Run the job of a file; the step reached is kept in `<first run>/progress`."""
     job_file, out = map(Path, argv)
-    values = json.loads(job_file.read_text())
-    job = Job(**{**values, "seeds": tuple(values["seeds"])})
+    job = read_job(job_file)
     torch.set_num_threads(1)
+    keep_freed_memory()
     progress = out / job.run_names()[0] / "progress"
     run(job, out, lambda step: progress.write_text(str(step)) and None)
     return 0

@@ -54,7 +54,7 @@ def test_the_target_study_matches_the_mean_ages():
     jobs = plan(Options(algo="dqn", env_id="CartPole-v1", seeds=1, targets=True))
     assert [job.variant for job in jobs[:2]] == ["target=hard:32", "target=soft:0.06061"]
     hard, soft = (job.agent_config() for job in jobs[:2])
-    assert (hard.tau, hard.target_update_every) == (1.0, 32)
+    assert (hard.target, hard.target_update_every, soft.target) == ("hard", 32, "soft")
     mean_age = (1 - soft.tau) / soft.tau
     assert mean_age == pytest.approx((hard.target_update_every - 1) / 2)
 

@@ -186,7 +186,8 @@ def test_skipping_is_refused_for_several_seeds_together():
 
 NETWORKS = [
     ("dqn", "q"), ("ddpg", "critic"), ("ddpg", "actor"),
-    ("sac", "critic"), ("sac", "actor"), ("sac", "temperature"), ("td3", "critic"), ("td3", "actor"),
+    ("sac", "critic"), ("sac", "actor"), ("sac", "temperature"),
+    ("td3", "critic"), ("td3", "actor"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,136 @@
+"""The comparison's jobs on a Ray cluster, in place of processes on this machine.
+
+    python -m scripts.compare --tier l --ray auto --out /shared/compare
+
+Every job is one task of Ray, which queues them, places them and starts a task again whose machine
+was lost; there it goes on from the job's last checkpoint. Tasks and driver talk through files, as
+processes on one machine do: this checkout, its environment and `--out` must have the same paths on
+every machine. What a job computes is what it computes locally, byte for byte on CPUs of one kind.
+"""
+
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from scripts import experiment
+from scripts.experiment import Job
+
+# Before the import, which reads them.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning
+
+try:
+    import ray
+    from ray.exceptions import RayError
+except ImportError as error:
+    raise ImportError("--ray needs Ray: pip install -c constraints.txt -e '.[ray]'") from error
+
+RETRIES = 5  # of a job that loses its machine; an error of the job itself is final
+OBJECT_STORE = 100_000_000  # bytes; tasks return nothing
+GRACE = 30  # seconds for cancelled tasks to end, and for lost ones that have not noticed
+
+
+@contextlib.contextmanager
+def connected(
+    address: str, workers: int, num_cpus: float, num_gpus: float
+) -> Iterator[Callable[[Job, Path], "Task"]]:
+    """Connect to Ray, and leave it in the end; a cluster that was begun here ends with it.
+
+    Args:
+        address: Of a running cluster, as `ray.init` takes it; "local" begins one on this machine.
+        workers: Jobs side by side, where the cluster is begun here.
+        num_cpus: Ray's CPUs that each job takes.
+        num_gpus: Its GPUs, 0.25 for four jobs on one.
+
+    Yields:
+        What begins a job.
+
+    Raises:
+        ConnectionError: There is no cluster at the address, or none that this Ray can join.
+    """
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {"num_cpus": workers * num_cpus, "object_store_memory": OBJECT_STORE}
+        own["include_dashboard"] = False
+    try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "//" not in host:  # Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=GRACE).close()
+        ray.init(address, logging_level=logging.WARNING, **own)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConnectionError(f"there is no Ray to join at {address!r}: {error}") from error
+    remote = ray.remote(
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        max_retries=RETRIES,
+        retry_exceptions=False,
+        max_calls=1,  # a process of its own for each job
+    )(work)
+    try:
+        yield functools.partial(Task, remote)
+    finally:
+        ray.shutdown()
+
+
+class Task:
+    """A job on Ray, with what `scripts.compare.execute` asks of a process."""
+
+    def __init__(self, remote: Any, job: Job, out: Path) -> None:
+        name, out = job.run_names()[0], out.absolute()
+        self.errors = out / "jobs" / f"{name}.stderr.txt"
+        self.ref = remote.remote(out / "jobs" / f"{name}.json", out / "runs")
+
+    def poll(self) -> int | None:
+        """None as long as the task waits or runs, then 0, or 1 if it failed."""
+        done, _ = ray.wait([self.ref], timeout=0)
+        if not done:
+            return None
+        try:
+            ray.get(self.ref)
+        except RayError as error:
+            self.errors.write_text(f"{error}\n")
+            return 1
+        return 0
+
+    def terminate(self) -> None:
+        """Cancel the task, at once and for good."""
+        ray.cancel(self.ref, force=True)
+
+    def wait(self) -> None:
+        """Wait until a cancelled task has ended."""
+        ray.wait([self.ref], timeout=GRACE)
+
+
+def work(record: Path, out: Path) -> None:
+    """Do the job of a file on whichever machine this is."""
+    if not record.exists():
+        raise FileNotFoundError(
+            f"{record} is not there on {socket.gethostname()}: --out must lie on storage that all "
+            "machines share, at the same path"
+        )
+    with alone(record.with_suffix(".lock")):
+        experiment.main([str(record), str(out)])
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a file's lock, so that no two tries of a job write to its folder.
+
+    A try that lost contact with the cluster may live on for some seconds beside the next one. A
+    lock that stays is one that a dead machine has left behind, and is passed over.
+    """
+    with path.open("w") as file:
+        for _ in range(GRACE):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:  # held, or the storage knows no locks
+                time.sleep(1)
+        yield

@@ -1,0 +1,149 @@
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+import scripts
+from scripts import compare
+from scripts.compare import Options
+from scripts.experiment import Job, checkpoint_folder
+from tests.test_compare import TINY, execute
+from tests.test_experiment import resumed_at
+
+pytest.importorskip("ray")
+
+from ray.cluster_utils import Cluster
+
+from scripts import cluster
+
+JOB = Job("dqn", "CartPole-v1", (1, 2), **{**TINY, "total_steps": 6_000})
+STORE = {"object_store_memory": cluster.OBJECT_STORE}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # Ray would leave a token there
+
+
+def on_ray(address):
+    return cluster.connected(address, workers=2, num_cpus=1, num_gpus=0)
+
+
+def wait_for_a_checkpoint(out):
+    """Wait until the job could go on if it were lost; not for ever."""
+    for _ in range(60_000):
+        if any(checkpoint_folder(JOB, out / "runs").glob("*.json")):
+            return
+        time.sleep(0.002)
+    pytest.fail("the job has not come to its first checkpoint")
+
+
+def results(out):
+    return (out / "results" / "results.csv.gz").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The results of a process on this machine."""
+    out = tmp_path_factory.mktemp("whole")
+    assert execute(out, [JOB]) == []
+    return results(out)
+
+
+@pytest.mark.full
+def test_a_node_that_dies_changes_no_number(tmp_path, whole):
+    head = {"num_cpus": 0, "include_dashboard": False, **STORE}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    first = nodes.add_node(num_cpus=1, **STORE)
+    try:
+        with on_ray(nodes.address) as begin:
+
+            def begin_and_lose_the_node(job, out):
+                task = begin(job, out)
+                wait_for_a_checkpoint(out)
+                nodes.add_node(num_cpus=1, **STORE)
+                nodes.remove_node(first, allow_graceful=False)
+                return task
+
+            assert compare.execute([JOB], tmp_path, 1, begin_and_lose_the_node) == []
+    finally:
+        nodes.shutdown()
+    compare.collect(tmp_path)
+    assert results(tmp_path) == whole
+    assert len(resumed_at(JOB, tmp_path / "runs")) == 1
+
+
+@pytest.mark.full
+def test_ctrl_c_leaves_no_task_and_loses_nothing(tmp_path, whole):
+    def press():
+        wait_for_a_checkpoint(tmp_path)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt), on_ray("local") as begin:
+        compare.execute([JOB], tmp_path, 1, begin)
+    with (tmp_path / "jobs" / f"{JOB.run_names()[0]}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the task has let go of it
+    wrong = Job("dqn", "CartPole-v1", (3,), **{**TINY, "agent": {"gamma": 2.0}})
+    with on_ray("local") as begin:
+        assert compare.execute([JOB, wrong], tmp_path, 2, begin) == [wrong]
+    compare.collect(tmp_path)
+    assert results(tmp_path) == whole
+    assert len(resumed_at(JOB, tmp_path / "runs")) == 1
+    errors = (tmp_path / "jobs" / "CartPole-v1__dqn__3.stderr.txt").read_text()
+    assert "gamma must be in [0.0, 1.0], got 2.0" in errors
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:9"])
+def test_an_address_without_a_cluster_is_refused(address, tmp_path, capsys):
+    argv = ["--tier", "s", "--ray", address, "--out", str(tmp_path)]
+    assert compare.main(argv) == 2
+    assert f"error: there is no Ray to join at '{address}'" in capsys.readouterr().err
+
+
+def test_without_ray_the_error_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "scripts.cluster")
+    monkeypatch.delattr(scripts, "cluster")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert compare.main(["--tier", "s", "--ray", "local", "--out", str(tmp_path)]) == 2
+    assert "error: --ray needs Ray: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(tier="s", num_gpus=0.5), "num-gpus is for --ray"),
+        (Options(tier="s", ray="local", num_gpus=-1), "num-gpus must be a share of one or a whole"),
+        (Options(tier="s", ray="local", num_cpus=1.5), "num-cpus must be a share of one or a"),
+    ],
+)
+def test_resources_that_ray_does_not_know_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        compare.plan(options)
+
+
+def test_networks_live_on_the_gpu_that_is_asked_for():
+    jobs = compare.plan(Options(tier="s", ray="local", num_gpus=0.25))
+    assert {job.device for job in jobs} == {"cuda"}
+    assert {job.device for job in compare.plan(Options(tier="s", ray="local"))} == {"cpu"}
+
+
+def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--out must lie on storage that all machines"):
+        cluster.work(tmp_path / "jobs" / "run.json", tmp_path / "runs")
+
+
+def test_a_try_waits_for_the_one_before_it_but_not_for_ever(tmp_path, monkeypatch):
+    waited = []
+    path = tmp_path / "run.lock"
+    with cluster.alone(path):
+        monkeypatch.setattr(time, "sleep", waited.append)
+        with cluster.alone(path):  # passes over a lock that stays
+            assert sum(waited) == cluster.GRACE
+    waited.clear()
+    with cluster.alone(path):
+        assert waited == []
