@@ -10,7 +10,12 @@ from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.sac import SACConfig
 from scripts import bench
-from scripts.bench import Case, Goal, Spread
+from scripts.bench_report import figure
+from scripts.counting import flops, held
+from scripts.floors import gemms, products
+from scripts.timing import Bench, Case, Goal, Spread, pinned
+
+CPU = torch.device("cpu")
 
 TINY = "--rounds 1 --seconds 0 --step-seconds 0 --loop-seconds 0 --max-parameters 10000"
 TINY += " --max-tensors 6 --max-averages 2 --max-seeds 2"
@@ -76,7 +81,7 @@ def test_the_tables_are_whole(out):
 def test_threads_and_cores_are_given_back():
     threads = torch.get_num_threads()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    with bench.pinned(1):
+    with pinned(1):
         assert torch.get_num_threads() == 1
         assert not cores or len(os.sched_getaffinity(0)) == 1
     assert torch.get_num_threads() == threads
@@ -103,11 +108,11 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
     ],
 )
 def test_a_verdict_is_computed_from_what_was_measured(goal, expected):
-    measured = bench.Bench(bench.Options())
+    measured = Bench(CPU, rounds=2)
     rounds = {"slow": [3.0, 3.0], "fast": [1.0, 1.0]}
     measured.cases.append(Case("updates", "t", "", "seconds", "", "", rounds))
     measured.value("counted", 2, "launches")
-    assert bench.verdict(goal, measured.reached(goal)) == expected
+    assert goal.verdict(measured.reached(goal)) == expected
 
 
 def test_every_goal_is_of_something_that_is_measured(results):
@@ -125,14 +130,12 @@ def test_every_goal_is_of_something_that_is_measured(results):
     ],
 )
 def test_a_gradient_step_multiplies_as_much_as_its_floor(algo, env_id, config):
-    measured = bench.Bench(bench.Options())
-    training = bench.filled_training(measured, algo, env_id, config)
+    training = bench.filled_training(algo, env_id, config, CPU)
     sizes = training.interface
-    floor = bench.gemms(algo, sizes.obs_dim, sizes.action_dim, config)
-    products = [call for one in floor for call in one.products(measured.device)]
+    floor = gemms(algo, sizes.obs_dim, sizes.action_dim, config, CPU)
     training.close()
-    needed = bench.flops(lambda: bench.call_all(products))
-    assert bench.flops(lambda: bench.learn(training)) == needed > 0
+    needed = flops(lambda: bench.call_all(floor))
+    assert flops(lambda: bench.learn(training)) == needed > 0
 
 
 def test_a_pass_multiplies_what_its_gradients_need():
@@ -143,14 +146,14 @@ def test_a_pass_multiplies_what_its_gradients_need():
         "weights": there + there + 2 * 4 * 8 * 5,
         "inputs": there + there,
     }.items():
-        products = bench.Pass((3, 8, 5), 4, back=back).products(torch.device("cpu"))
-        assert bench.flops(lambda calls=tuple(products): bench.call_all(calls)) == expected
+        calls = [*products((3, 8, 5), batch=4, back=back, device=CPU)]
+        assert flops(lambda calls=calls: bench.call_all(calls)) == expected
 
 
 def test_storage_is_counted_once_and_the_network_left_out():
     network = torch.nn.Linear(4, 4, bias=False)
-    assert bench.held([network.weight, network.weight.view(-1)]) == 64
-    assert bench.held({"a": network.weight, "b": torch.zeros(2)}, without=network) == 8
+    assert held([network.weight, network.weight.view(-1)]) == 64
+    assert held({"a": network.weight, "b": torch.zeros(2)}, without=network) == 8
 
 
 @pytest.mark.parametrize("arguments", ["--rounds 0", "gpu", "--device cuda"])
@@ -163,10 +166,10 @@ def test_what_cannot_be_measured_is_refused(arguments, capsys, monkeypatch):
 def test_a_figure_is_shown_in_a_unit_that_suits_it():
     rounds = {"a": [2.5e-6], "b": [0.0125], "c": [3.0]}
     case = Case("updates", "", "", "seconds", "", "", rounds)
-    assert [bench.figure(case, name) for name in rounds] == [
+    assert [figure(case, name) for name in rounds] == [
         "2.5 [2.5, 2.5] µs",
         "12.5 [12.5, 12.5] ms",
         "3 [3, 3] s",
     ]
     rate = Case("loops", "", "", "steps/s", "", "", {"a": [0.01]})
-    assert bench.figure(rate, "a") == "100 [100, 100]"
+    assert figure(rate, "a") == "100 [100, 100]"
