@@ -14,26 +14,43 @@ import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tensorboard.plugins.hparams.api_pb2 import MetricName
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from agents.checkpoint import write_whole
 from agents.training import TrainConfig
 
 LAYOUT = {
     "evaluation": {
-        "last iterate and its averages": [
+        "last iterate, uniform average of the last half": [
             "Multiline",
-            ["eval/(last|uniform50|suffix50|uniform0|ema1)$"],
+            ["eval/(last|uniform50|suffix50)$"],
         ],
+        "last iterate, EMA": ["Multiline", ["eval/(last|ema1)$"]],
         "every scheme": ["Multiline", ["eval/.*"]],
     },
     "weights": {
-        "distance of averages to the last iterate": ["Multiline", ["averaging/.*"]],
+        "distance of the uniform average to the last": [
+            "Multiline",
+            ["averaging/distance_to_last/uniform50$"],
+        ],
+        "distance of the EMA to the last": ["Multiline", ["averaging/distance_to_last/ema1$"]],
         "lag of target networks": ["Multiline", ["target/.*"]],
     },
 }
-"""The charts under TensorBoard's custom scalars."""
+"""The charts under TensorBoard's custom scalars.
+
+TensorBoard has one colour for a folder's curves, and tells them apart by marks that it gives out
+anew for each folder. So the averages' evaluations have a folder of their own, and where it can be,
+a chart has one curve of each folder.
+"""
+AVERAGES = "averages"
+"""The folder of TensorBoard events in a run's folder that has the evaluations of averages."""
+COLUMNS = ("algo", "env_id", "learning_rate", "seed", "total_steps")
+"""The hyper-parameters that TensorBoard's table shows without being asked."""
 CSV_COLUMNS = ("step", "scheme", "episode", "return", "length")
 
 
@@ -83,6 +100,8 @@ class RunFolder:
         resume_at: int | None = None,
     ) -> None:
         self.path = path
+        self.averages: SummaryWriter | None = None  # opened by the first evaluation of an average
+        self.averaged: dict[str, None] = {}  # the averages that have a curve, in their order
         self.last: list[tuple[int, NDArray[np.float64], NDArray[np.int64]]] = []
         record = {
             "algo": algo,
@@ -124,7 +143,7 @@ class RunFolder:
     ) -> None:
         """Write one scheme's evaluation episodes [E]; to TensorBoard only as part of a curve."""
         if curve:
-            self.writer.add_scalar(f"eval/{scheme}", returns.mean(), step)
+            self._writer_of(scheme).add_scalar(f"eval/{scheme}", returns.mean(), step)
         for episode, (total, length) in enumerate(zip(returns, lengths, strict=True)):
             self.csv.writerow((step, scheme, episode, float(total), int(length)))
         self.csv_file.flush()
@@ -134,8 +153,8 @@ class RunFolder:
 
     def sync(self) -> None:
         """Bring what was written to the disk, TensorBoard's queue included."""
-        self.writer.flush()
-        for path in (self.path / "evaluations.csv", *self.path.glob("events.out.tfevents.*")):
+        self._flush()
+        for path in (self.path / "evaluations.csv", *self._event_files()):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
@@ -144,17 +163,54 @@ class RunFolder:
         write_whole(self.path / "policy.pt", lambda file: torch.save(dict(policy), file))
         if completed and self.last:
             plain = {
-                key: value if isinstance(value, int | float | str | bool) else str(value)
+                # a bool would be shown as 0.0000 or 1.0000
+                key: value if type(value) in (int, float) else str(value)
                 for key, value in self.hyperparameters.items()
             }
-            score = {"eval/last": float(self.last[-1][1].mean())}
-            self.writer.add_hparams(plain, score, run_name=".", global_step=self.last[-1][0])
-        self.writer.flush()
+            experiment, start, end = hparams(plain, {"eval/last": 0.0})
+            self._describe(experiment.value[0].metadata.plugin_data)
+            for summary in (experiment, start, end):
+                self.writer.file_writer.add_summary(summary, self.last[-1][0])
+        self._flush()
 
     def close(self) -> None:
         """Close the files."""
         self.writer.close()
+        if self.averages:
+            self.averages.close()
         self.csv_file.close()
+
+    def _writer_of(self, scheme: str) -> SummaryWriter:
+        """Where a scheme's evaluations go."""
+        if scheme == "last":
+            return self.writer
+        self.averaged[scheme] = None
+        if self.averages is None:
+            self.averages = SummaryWriter(str(self.path / AVERAGES))
+        return self.averages
+
+    def _flush(self) -> None:
+        self.writer.flush()
+        if self.averages:
+            self.averages.flush()
+
+    def _describe(self, plugin_data: Any) -> None:
+        """Say which columns of TensorBoard's table of hyper-parameters are worth opening with.
+
+        It opens with five, those that are marked as differing first, then by the alphabet.
+        """
+        description = HParamsPluginData.FromString(plugin_data.content)
+        for info in description.experiment.hparam_infos:
+            info.differs = info.name in COLUMNS
+        for scheme in self.averaged:
+            tag = f"eval/{scheme}"
+            name = MetricName(tag=tag, group=AVERAGES)
+            description.experiment.metric_infos.add(name=name, display_name=tag)
+        plugin_data.content = description.SerializeToString()
+
+    def _event_files(self) -> list[Path]:
+        folders = (self.path, self.path / AVERAGES)
+        return [path for folder in folders for path in folder.glob("events.out.tfevents.*")]
 
     def _write_archive(self) -> None:
         fewest = min(len(row) for _, row, _ in self.last)  # the file holds a rectangle
@@ -190,8 +246,10 @@ class RunFolder:
         self.csv = csv.writer(self.csv_file)
         self._wait_for_a_later_name()
         self.writer = SummaryWriter(str(self.path), purge_step=step + 1)
+        if (self.path / AVERAGES).is_dir():
+            self.averages = SummaryWriter(str(self.path / AVERAGES), purge_step=step + 1)
 
     def _wait_for_a_later_name(self) -> None:
         """TensorBoard reads event files in the order of their names, which begin with a second."""
-        seconds = [int(p.name.split(".")[3]) for p in self.path.glob("events.out.tfevents.*")]
+        seconds = [int(p.name.split(".")[3]) for p in self._event_files()]
         time.sleep(min(1.0, max(0.0, max(seconds, default=0) + 1 - time.time())))

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from agents.dqn import DQNConfig
 from agents.seeding import evaluation_seeds
-from agents.training import Training
+from agents.training import TrainConfig, Training
 from scripts import enjoy, train
-from scripts.run_folder import new_run_folder
+from scripts.run_folder import RunFolder, new_run_folder
 
 QUICK = ["--total-steps", "300", "--eval-every", "100", "--eval-episodes", "3"]
 SMALL = ["--hidden", "16", "--learning-starts", "50", "--train-every", "8", "--log-every", "100"]
@@ -64,14 +68,64 @@ def test_tensorboard_shows_the_documented_tags_the_overlay_and_the_hyperparamete
         "losses/td_loss",
         "losses/q_values",
         "eval/last",
-        "eval/uniform50",
-        "eval/ema1",
         "target/lag/q",
     } <= set(tags["scalars"])
+    averages = EventAccumulator(str(run / "averages")).Reload()
+    assert averages.Tags()["scalars"] == ["eval/uniform50", "eval/ema1"]
+    assert [event.step for event in averages.Scalars("eval/ema1")] == [100, 200, 300]
     assert [event.step for event in events.Scalars("charts/SPS")] == [100, 200, 300]
     assert "hyperparameters/text_summary" in tags["tensors"]
-    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert b"eval/.*" in layout
+
+
+def test_a_chart_of_last_and_average_has_one_curve_of_each_colour(run):
+    folders = [EventAccumulator(str(path)).Reload() for path in (run, run / "averages")]
+    layout = folders[0].Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    evaluation, weights = Layout.FromString(layout).category
+
+    def curves(chart):
+        """The curves of each folder, which TensorBoard gives one colour."""
+        (regex,) = chart.multiline.tag
+        return [[t for t in f.Tags()["scalars"] if re.match(regex, t)] for f in folders]
+
+    uniform, ema, every = map(curves, evaluation.chart)
+    assert uniform == [["eval/last"], ["eval/uniform50"]]
+    assert ema == [["eval/last"], ["eval/ema1"]]
+    assert every == [["eval/last"], ["eval/uniform50", "eval/ema1"]]
+    assert [[len(own) for own in curves(chart)] for chart in weights.chart] == [[1, 0]] * 3
+
+
+def test_the_table_of_hyperparameters_opens_with_what_tells_runs_apart_and_the_scores(run):
+    events = EventAccumulator(str(run)).Reload()
+
+    def plugin_data(tag):
+        content = events.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
+        return HParamsPluginData.FromString(content)
+
+    experiment = plugin_data("experiment").experiment
+    first = {info.name for info in experiment.hparam_infos if info.differs}
+    assert first == {"algo", "env_id", "learning_rate", "seed", "total_steps"}
+    assert [(metric.name.group, metric.name.tag) for metric in experiment.metric_infos] == [
+        ("", "eval/last"),
+        ("averages", "eval/uniform50"),
+        ("averages", "eval/ema1"),
+    ]
+    values = plugin_data("session_start_info").session_start_info.hparams
+    assert values["seed"].number_value == 3
+    assert values["double"].string_value == "False"  # as a number it would be shown as 0.0000
+
+
+def test_a_resumed_run_takes_back_later_evaluations_of_averages_too(tmp_path):
+    config, agent = TrainConfig("CartPole-v1", 300), DQNConfig()
+    returns, lengths = np.ones(2), np.ones(2, dtype=np.int64)
+    folder = RunFolder(tmp_path, "dqn", 1, config, agent)
+    for step in (100, 200):
+        folder.evaluation(step, "ema1", returns, lengths)
+    folder.close()
+    folder = RunFolder(tmp_path, "dqn", 1, config, agent, resume_at=150)
+    folder.evaluation(200, "ema1", 2 * returns, lengths)
+    folder.close()
+    events = EventAccumulator(str(tmp_path / "averages")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("eval/ema1")] == [(100, 1.0), (200, 2.0)]
 
 
 def test_config_json_says_what_was_run(run):
