@@ -148,10 +148,10 @@ class DDPG:
         bad = self.guard.found_inf("critic", self.critic_flat.grad_norm())
         take_step(self.critic_optimizer, critic_loss, bad)
 
-        # actor: the policy gradient, J = mean Q(s, mu(s)); the critic gets no gradient from it
-        actor_loss = -self.critic(s, self.actor(s), frozen=True).squeeze(1).mean(-1)  # [S]
-        self.actor_flat.zero_grad()
-        actor_loss.sum().backward()
+        # actor: grad_phi J = mean grad_a Q(s, a)|a=mu(s) grad_phi mu(s), uphill
+        mu, pullback = self.actor.vjp(s)  # [S, B, A]
+        q_mu, to_action = self.critic.action_vjp(s, mu)  # [S, 1, B]
+        pullback(to_action(torch.full_like(q_mu, -1 / q_mu.shape[-1])))
         self.actor_optimizer.step(self.guard.found_inf("actor", self.actor_flat.grad_norm()))
 
         # theta' <- tau theta + (1 - tau) theta'
@@ -160,5 +160,5 @@ class DDPG:
         return {
             "losses/qf_loss": critic_loss,
             "losses/q_values": q,
-            "losses/actor_loss": actor_loss.detach(),
+            "losses/actor_loss": -q_mu,
         }

@@ -126,6 +126,19 @@ class MLP(nn.Sequential):
 
         return y, pullback
 
+    def input_vjp(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The outputs, and a function that takes slopes in them to slopes in x [M, B, in]."""
+        weights = self._weights(frozen=True)
+        *h, y = activations(x, weights)
+        wanted = [True, *[False] * len(weights)]
+
+        def pullback(dy: Tensor) -> Tensor:
+            (dx, *_) = chain_rule(dy, h, weights[::2], wanted, [None] * len(weights))
+            assert dx is not None
+            return dx
+
+        return y, pullback
+
     def _weights(self, frozen: bool = False) -> list[Tensor]:
         weights = [p for layer in self._linear for p in (layer.weight, layer.bias)]
         return [p.detach() for p in weights] if frozen else [*weights]
@@ -239,6 +252,12 @@ class DeterministicActor(nn.Module):
         """The actions."""
         return torch.tanh(self.net(obs))
 
+    def vjp(self, obs: Tensor) -> tuple[Tensor, Pullback]:
+        """The actions, and how slopes in them reach the weights; see `MLP.vjp`."""
+        u, pullback = self.net.vjp(obs)
+        action = u.tanh_()
+        return action, lambda slopes: pullback(slopes * (1 - action.square()))
+
     def act(self, obs: Tensor) -> Tensor:
         """The actions [S, B, A]."""
         return torch.tanh(self.net(obs))
@@ -319,6 +338,16 @@ class Critic(nn.Module):
         """Values, and how their slopes [S, n, B] reach the weights; see `MLP.vjp`."""
         q, pullback = self.net.vjp(self._inputs(obs, action))
         return q.view(-1, self.n, q.shape[1]), lambda slopes: pullback(slopes.view_as(q))
+
+    def action_vjp(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Values, and a function that takes their slopes [S, n, B] to the action's [S, B, A]."""
+        q, pullback = self.net.input_vjp(self._inputs(obs, action))
+
+        def to_action(slopes: Tensor) -> Tensor:
+            dx = pullback(slopes.reshape(q.shape))[..., obs.shape[-1] :]  # [S * n, B, A]
+            return dx if self.n == 1 else dx.view(-1, self.n, *dx.shape[1:]).sum(1)
+
+        return q.view(-1, self.n, q.shape[1]), to_action
 
     def _inputs(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat((obs, action), dim=-1)  # [S, B, O + A]

@@ -132,13 +132,16 @@ class TD3:
         take_step(self.critic_optimizer, critic_loss, bad)
         tags = {"losses/qf_loss": critic_loss, "losses/q_values": q}
 
-        # every d gradient steps, the actor: J(phi) = mean Q_theta1(s, pi_phi(s))
+        # every d gradient steps, the actor, uphill:
+        # grad_phi J = mean grad_a Q_theta1(s, a)|a=pi_phi(s) grad_phi pi_phi(s)
         if self.clock.tick() % c.policy_delay == 0:
-            actor_loss = -self.critic(s, self.actor(s), frozen=True)[:, 0].mean(-1)  # [S]
-            self.actor_flat.zero_grad()
-            actor_loss.sum().backward()
+            mu, pullback = self.actor.vjp(s)  # [S, B, A]
+            q_mu, to_action = self.critic.action_vjp(s, mu)  # [S, 2, B]
+            slopes = torch.zeros_like(q_mu)
+            slopes[:, 0] = -1 / q_mu.shape[-1]
+            pullback(to_action(slopes))
             self.actor_optimizer.step(self.guard.found_inf("actor", self.actor_flat.grad_norm()))
-            tags["losses/actor_loss"] = actor_loss.detach()
+            tags["losses/actor_loss"] = -q_mu[:, 0]
 
         # and the targets: theta_i' <- tau theta_i + (1 - tau) theta_i', phi' likewise
         for target in self.targets.values():

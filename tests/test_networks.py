@@ -75,6 +75,25 @@ def test_the_vjp_sets_the_gradients_that_backward_adds(sizes, flat):
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_slopes_through_critic_and_actor_are_those_of_autograd(n):
+    actor = DeterministicActor(3, 2, (8, 8), gens(0, 1)).double()
+    critic = Critic(3, 2, (8, 8), gens(0, 1), n=n).double()
+    obs = torch.randn(2, 7, 3, generator=gens(9)[0], dtype=torch.float64)
+    slopes = torch.randn(2, n, 7, generator=gens(8)[0], dtype=torch.float64)
+    q = critic(obs, actor(obs))
+    expected = torch.autograd.grad(q, [*actor.parameters()], slopes)
+
+    action, pullback = actor.vjp(obs)
+    value, to_action = critic.action_vjp(obs, action)
+    pullback(to_action(slopes))
+    torch.testing.assert_close(value, q)
+    assert not value.requires_grad
+    for parameter, gradient in zip(actor.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+    assert all(p.grad is None for p in critic.parameters())
+
+
 def test_the_vjp_writes_into_flat_gradients_in_place():
     net = MLP((3, 8, 2), gens(0))
     (parameter,) = flatten_(net, members=1).parameters

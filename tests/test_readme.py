@@ -9,13 +9,15 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_python_runs():
+def test_its_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
     scope = {}
     for block in blocks:
         exec(block, scope)
     assert scope["q_target"].clock == 1
+    assert (tmp_path / "averaged.zip").exists()
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\b(\w+\.py)\b", README))))
