@@ -13,7 +13,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,6 @@ LOG_STD_MIN = -20.0
 LOG_STD_MAX = 2.0
 
 Pullback = Callable[[Tensor], None]
-
-relu_backward_ = torch.ops.aten.threshold_backward.grad_input
 
 
 class Linear(nn.Module):
@@ -80,8 +77,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class MLP(nn.Sequential):
     """Linear layers with a ReLU between each two: x [M, B, in] -> [M, B, out].
 
-    Its gradients are written out: contiguous, and none that nobody asked for. The inherited
-    `nn.Sequential.forward` is the same map, layer by layer.
+    With autograd it is an `nn.Sequential` like any other. `vjp` and `input_vjp` have its gradients
+    written out: contiguous, none that nobody asked for, and no record, which costs more than the
+    products of a small network.
 
     Args:
         sizes: Of the input, of each hidden layer and of the output.
@@ -94,54 +92,48 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
         self._linear = linear
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """The outputs; `frozen` weights get no gradient, only the inputs do."""
-        weights = self._weights(frozen)
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs; without a graph to record, past the modules' own overhead."""
         if torch.is_grad_enabled():
-            y: Tensor = _Layers.apply(x, *weights)  # type: ignore[no-untyped-call]
+            y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
             return y
-        return activations(x, weights)[-1]
+        return activations(x, self._weights())[-1]
 
     def vjp(self, x: Tensor) -> tuple[Tensor, Pullback]:
         """The outputs, and a function that takes a loss's slopes in them to the weights' gradients.
-
-        It is `forward` and `backward` without autograd's record of them, which costs more than the
-        products of a small network.
 
         Returns:
             y [M, B, out] without a graph, and a function of dL/dy, of the same shape, that sets
             `.grad` of each weight; what was there is overwritten.
         """
-        weights = self._weights(frozen=True)
-        *h, y = activations(x, weights)
+        *h, y = activations(x, self._weights())
 
         def pullback(dy: Tensor) -> None:
-            parameters = self._weights()
-            gradients = [parameter.grad for parameter in parameters]
-            _, *gradients = chain_rule(
-                dy, h, weights[::2], [False, *[True] * len(weights)], gradients
-            )
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            # dL/dW_i = h_i^T dy_i,  dL/db_i = sum_B dy_i
+            for i in reversed(range(len(h))):
+                weight, bias = self._linear[i].weight, self._linear[i].bias
+                weight.grad = torch.bmm(h[i].mT, dy, out=weight.grad)
+                bias.grad = torch.sum(dy, 1, keepdim=True, out=bias.grad)
+                if i > 0:
+                    dy = relu_backward_(below(dy, weight.detach()), h[i])
 
         return y, pullback
 
     def input_vjp(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The outputs, and a function that takes slopes in them to slopes in x [M, B, in]."""
-        weights = self._weights(frozen=True)
+        weights = self._weights()
         *h, y = activations(x, weights)
-        wanted = [True, *[False] * len(weights)]
 
         def pullback(dy: Tensor) -> Tensor:
-            (dx, *_) = chain_rule(dy, h, weights[::2], wanted, [None] * len(weights))
-            assert dx is not None
-            return dx
+            for i in reversed(range(1, len(h))):
+                dy = relu_backward_(below(dy, weights[2 * i]), h[i])
+            return below(dy, weights[0])
 
         return y, pullback
 
-    def _weights(self, frozen: bool = False) -> list[Tensor]:
-        weights = [p for layer in self._linear for p in (layer.weight, layer.bias)]
-        return [p.detach() for p in weights] if frozen else [*weights]
+    def _weights(self) -> list[Tensor]:
+        """Weight and bias of each layer, by turns, apart from any graph."""
+        return [p.detach() for layer in self._linear for p in (layer.weight, layer.bias)]
 
 
 def activations(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -153,57 +145,16 @@ def activations(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return h
 
 
-def chain_rule(
-    dy: Tensor,
-    h: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    wanted: Sequence[bool],
-    out: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Gradients in x and in each layer's weight and bias.
-
-    dL/dW_i = h_i^T dy_i,  dL/db_i = sum_B dy_i,  dy_{i-1} = (dy_i W_i^T) [h_i > 0].
-
-    Args:
-        dy: The slopes in the outputs.
-        h: The input of each layer.
-        weights: The weight of each layer.
-        wanted: Whether x's and each weight's and bias's gradient is wanted.
-        out: Where the weights' and biases' gradients go; None makes a new tensor.
-    """
-    gradients: list[Tensor | None] = [None] * len(wanted)
-    for i in reversed(range(len(h))):
-        weight, bias = 2 * i + 1, 2 * i + 2
-        if wanted[weight]:
-            gradients[weight] = torch.bmm(h[i].mT, dy, out=out[weight - 1])
-        if wanted[bias]:
-            gradients[bias] = torch.sum(dy, 1, keepdim=True, out=out[bias - 1])
-        if i == 0 and not wanted[0]:
-            break
-        # one output: a column times a row, which a product of matrices is slow at
-        dy = (torch.mul if dy.shape[-1] == 1 else torch.bmm)(dy, weights[i].mT)
-        if i > 0:
-            relu_backward_(dy, h[i], 0, grad_input=dy)
-        else:
-            gradients[0] = dy
-    return gradients
+def below(dy: Tensor, weight: Tensor) -> Tensor:
+    """Slopes in a layer's inputs: dy W^T, [M, B, out] -> [M, B, in]."""
+    # One output: a column times a row, which a product of matrices is slow at.
+    return dy * weight.mT if dy.shape[-1] == 1 else torch.bmm(dy, weight.mT)
 
 
-class _Layers(torch.autograd.Function):
-    """An MLP as one node of autograd's graph."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        *h, y = activations(x, weights)
-        ctx.save_for_backward(*h, *weights[::2])
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        layers, wanted = len(saved) // 2, ctx.needs_input_grad
-        nowhere = [None] * (len(wanted) - 1)
-        return (*chain_rule(dy, saved[:layers], saved[layers:], wanted, nowhere),)
+def relu_backward_(dy: Tensor, h: Tensor) -> Tensor:
+    """Slopes before a ReLU that returned h, in place of those after it."""
+    result: Tensor = torch.ops.aten.threshold_backward.grad_input(dy, h, 0, grad_input=dy)
+    return result
 
 
 class QNetwork(nn.Module):
@@ -303,11 +254,43 @@ class GaussianActor(nn.Module):
             Actions [S, B, A] and log densities [S, B].
         """
         mean, log_std = self(obs)
-        u = mean + log_std.exp() * noise
-        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        size = u.abs()
-        log_slope = 2 * (math.log(2) - size - torch.log1p(torch.exp(-2 * size)))
-        return torch.tanh(u), (log_normal - log_slope).sum(-1)
+        return squashed(mean, log_std, log_std.exp() * noise, noise)
+
+    def sample_vjp(
+        self, obs: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], None]]:
+        """What `sample` returns, and how slopes in both reach the weights; see `MLP.vjp`.
+
+        With a = tanh(u), u = mean + std noise: da/du = 1 - a^2, d log pi/du = 2 a, and besides
+        d log pi/d log std = -1.
+
+        Returns:
+            Actions, log densities, and a function of slopes in them, [S, B, A] and [S, B].
+        """
+        outputs, pullback = self.net.vjp(obs)
+        mean, log_std = outputs.chunk(2, dim=-1)
+        clamped = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        deviation = clamped.exp() * noise
+        action, log_prob = squashed(mean, clamped, deviation, noise)
+
+        def to_weights(d_action: Tensor, d_log_prob: Tensor) -> None:
+            d_log_prob = d_log_prob.unsqueeze(-1)  # [S, B, 1]
+            du = d_action * (1 - action.square()) + 2 * d_log_prob * action
+            d_log_std = (du * deviation - d_log_prob) * (clamped == log_std)
+            pullback(torch.cat((du, d_log_std), dim=-1))
+
+        return action, log_prob, to_weights
+
+
+def squashed(
+    mean: Tensor, log_std: Tensor, deviation: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """tanh(mean + deviation) and its log density, as `GaussianActor.sample` says."""
+    u = mean + deviation
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    size = u.abs()
+    log_slope = 2 * (math.log(2) - size - torch.log1p(torch.exp(-2 * size)))
+    return torch.tanh(u), (log_normal - log_slope).sum(-1)
 
 
 class Critic(nn.Module):
@@ -329,9 +312,9 @@ class Critic(nn.Module):
         self.net = MLP((obs_dim + action_dim, *hidden, 1), members)
         self.n = n
 
-    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
-        """Values of the given actions under every critic; `frozen` ones get no gradient."""
-        q: Tensor = self.net(self._inputs(obs, action), frozen)
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Values of the given actions under every critic."""
+        q: Tensor = self.net(self._inputs(obs, action))
         return q.view(-1, self.n, q.shape[1])
 
     def vjp(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Pullback]:

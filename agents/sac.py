@@ -157,16 +157,15 @@ class SAC:
         s, a, r, terminated, s_next = batch
         noise = self._noise(self.reparameterisation, (2, *a.shape[1:]), a.device)  # [S, 2, B, A]
 
-        # a_pi ~ pi(.|s), differentiable in phi: serves the temperature and the actor
-        a_pi, log_pi = self.actor.sample(s, noise[:, 0])  # [S, B, A], [S, B]
+        # a_pi ~ pi(.|s): serves the temperature and the actor
+        a_pi, log_pi, to_actor = self.actor.sample_vjp(s, noise[:, 0])  # [S, B, A], [S, B]
 
-        # temperature: J(alpha) = mean -log alpha (log pi(a_pi|s) + H-bar)
+        # temperature: J(alpha) = mean -log alpha (log pi(a_pi|s) + H-bar), linear in log alpha
         log_alpha = self.temperature.log_alpha  # [S, 1]
         alpha = log_alpha.detach().exp()
-        entropy_gap = (log_pi.detach() + self.target_entropy).mean(-1, keepdim=True)  # [S, 1]
-        alpha_loss = -(log_alpha * entropy_gap).squeeze(-1)  # [S]
-        self.temperature_flat.zero_grad()
-        alpha_loss.sum().backward()  # type: ignore[no-untyped-call]
+        entropy_gap = (log_pi + self.target_entropy).mean(-1, keepdim=True)  # [S, 1]
+        alpha_loss = -log_alpha.detach() * entropy_gap
+        log_alpha.grad = -entropy_gap
         bad = self.guard.found_inf("temperature", self.temperature_flat.grad_norm())
         self.temperature_optimizer.step(bad)
 
@@ -185,11 +184,11 @@ class SAC:
         bad = self.guard.found_inf("critic", self.critic_flat.grad_norm())
         take_step(self.critic_optimizer, critic_loss, bad)
 
-        # actor: J(phi) = mean alpha log pi(a_pi|s) - min_i Q_i(s, a_pi); no gradient to the critics
-        q_pi = self.critic(s, a_pi, frozen=True).amin(1)  # [S, B]
-        actor_loss = (alpha * log_pi - q_pi).mean(-1)  # [S]
-        self.actor_flat.zero_grad()
-        actor_loss.sum().backward()
+        # actor: J(phi) = mean alpha log pi(a_pi|s) - min_i Q_i(s, a_pi)
+        q_pi, to_action = self.critic.action_vjp(s, a_pi)  # [S, 2, B]
+        q_min, which = q_pi.min(1, keepdim=True)  # [S, 1, B]
+        slopes = torch.zeros_like(q_pi).scatter_(1, which, -1 / q_pi.shape[-1])
+        to_actor(to_action(slopes), alpha.expand_as(log_pi) / q_pi.shape[-1])
         self.actor_optimizer.step(self.guard.found_inf("actor", self.actor_flat.grad_norm()))
 
         # thetabar_i <- tau theta_i + (1 - tau) thetabar_i
@@ -198,9 +197,9 @@ class SAC:
         return {
             "losses/qf_loss": critic_loss,
             "losses/q_values": q,
-            "losses/actor_loss": actor_loss.detach(),
+            "losses/actor_loss": alpha * log_pi - q_min.squeeze(1),
             "losses/alpha": alpha,
-            "losses/alpha_loss": alpha_loss.detach(),
+            "losses/alpha_loss": alpha_loss,
         }
 
     @staticmethod
