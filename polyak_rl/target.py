@@ -314,13 +314,16 @@ class TargetNetwork(nn.Module):
         Raises:
             ValueError: the online network no longer matches the copy.
         """
+        compiling = torch.compiler.is_compiling()
         if self.every == 1 or (self.clock + 1) % self.every == 0:
-            plan = self._current_plan()
+            plan = self._plan
+            if compiling or not plan.intact():
+                plan = self._current_plan()
             if self._guarded and not all_finite([pair.online for pair in plan.pairs]):
                 self.skipped += 1
                 return
             plan.apply()
-        if torch.compiler.is_compiling():
+        if compiling:
             self._traced_clock.add_(1)
         else:
             self.__dict__["_clock"] += 1  # an assignment would pass nn.Module's checks, at 1.4 us
@@ -462,7 +465,8 @@ class _Plan:
             kind = (pair.target.dtype, pair.online.dtype, pair.target.device, own_tau)
             kinds.setdefault(kind, []).append(pair)
         self._groups = [_Group(group, kind[-1], masters) for kind, group in kinds.items()]
-        self._watch = Watch(*modules) if modules is not None else None
+        # True while the modules hold the tensors that this plan writes and reads
+        self.intact = Watch(*modules).intact if modules is not None else _never
         self.set_tau(_check_tau(tau))
 
     def set_tau(self, tau: Tau) -> None:
@@ -473,10 +477,6 @@ class _Plan:
         if self._copied[0]:
             calls.append(partial(torch._foreach_copy_, *self._copied))
         self._calls = calls
-
-    def intact(self) -> bool:
-        """True while the modules hold the tensors that this plan writes and reads."""
-        return self._watch is not None and self._watch.intact()
 
     def apply(self) -> None:
         """Move every tensor by one update."""
@@ -569,6 +569,10 @@ class _Group:
         ):
             if target._version != version:
                 master.copy_(_master(target, master))
+
+
+def _never() -> bool:
+    return False
 
 
 def _is_coarse(pair: Pair) -> bool:
