@@ -268,7 +268,7 @@ def execute(
     )
     total = sum(job.steps() * len(job.seeds) for job in jobs)
     done = 0
-    with Progress(*columns) as progress, _terminates(running):
+    with Progress(*columns) as progress, _terminates(running) as interrupted:
         everything = progress.add_task(f"{len(jobs)} jobs, steps", total=total)
         while waiting or running:
             while waiting and len(running) < workers:
@@ -278,6 +278,8 @@ def execute(
                 prepare(job, out)
                 running[(begin or start)(job, out)] = (job, bar)
             time.sleep(0.2)
+            if interrupted:
+                raise KeyboardInterrupt
             for process, (job, bar) in list(running.items()):
                 step = reached(job, out)
                 progress.update(bar, completed=step, visible=step > 0)
@@ -400,17 +402,26 @@ class _Text:
 
 
 @contextlib.contextmanager
-def _terminates(running: dict[Any, Any]) -> Iterator[None]:
-    """End what still runs when the driver ends, by Ctrl-C, SIGTERM or an error."""
+def _terminates(running: dict[Any, Any]) -> Iterator[list[int]]:
+    """End what still runs when the driver ends, by Ctrl-C, SIGTERM or an error.
+
+    Yields:
+        The signals that came. An exception raised wherever Python is at that moment could be lost,
+        in a callback of Ray's for example; a second signal takes that chance.
+    """
+    came: list[int] = []
 
     def stop(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        came.append(signum)
+        if len(came) > 1:
+            raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         for process in running:
             process.terminate()
         for process in running:

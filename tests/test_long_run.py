@@ -63,7 +63,7 @@ def run(path, steps, checks):
             checkpoints.save()
             folder.writer.flush()
         if training.step in checks:
-            events = sum(p.stat().st_size for p in path.glob("events.out.tfevents.*"))
+            events = sum(p.stat().st_size for p in path.rglob("events.out.tfevents.*"))
             seen[training.step] = resident_bytes(), open_files(), events
 
     training.run(after_step)

@@ -25,6 +25,7 @@ from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training
 from polyak_rl import Ema, Uniform
 from scripts import train
+from scripts.run_folder import AVERAGES
 from tests.test_checkpoint import assert_same
 from tests.test_training import Recorder
 
@@ -254,6 +255,9 @@ def assert_same_folders(whole, parts):
     for name in ("policy.pt", "timeline.pt"):
         assert_same(*(torch.load(run / name, weights_only=True) for run in (whole, parts)))
     assert scalars(whole) == scalars(parts)
+    assert (whole / AVERAGES).exists() == (parts / AVERAGES).exists()
+    if (whole / AVERAGES).exists():
+        assert scalars(whole / AVERAGES) == scalars(parts / AVERAGES)
     if (whole / "checkpoint").exists():
         ours, theirs = (newest(run / "checkpoint")[0] for run in (whole, parts))
         assert_same(ours.state, theirs.state)
