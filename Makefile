@@ -23,7 +23,7 @@ test: $(VENV)/installed  ## everything a change must pass, under ten minutes
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 -q
 
-test-full: $(VENV)/installed  ## the long tests: learning gates and compilation
+test-full: $(VENV)/installed  ## the long tests, ten minutes: learning gates, kills, mutations, Ray, docs
 	$(BIN)/pytest -n 2 -q -m full
 
 compare: $(VENV)/installed  ## the experiment at its smallest, to its report
