@@ -350,6 +350,8 @@ class Training:
 
     def _interact(self) -> None:
         obs, skip = self.obs, self.config.on_nonfinite == "skip"
+        if self.step == 0 and not skip:
+            self._require_finite(obs, np.zeros(len(self.ended)), self.ended)
         seen = np.nan_to_num(obs, posinf=0, neginf=0) if skip else obs
         action = self.agent.explore(torch.from_numpy(seen).to(self.device), self.step).cpu().numpy()
         observed, reward, terminated, truncated, info = self.envs.step(

@@ -135,6 +135,14 @@ def test_a_bad_reset_is_named():
         training.run()
 
 
+def test_a_bad_first_reset_is_noticed_before_anybody_acts_on_it():
+    FAULTS[0, 0] = "nan"
+    training = make("ddpg")
+    with pytest.raises(NonFiniteError, match=r"after 0 environment steps: .* step 0 of"):
+        training.run()
+    assert training.replay.added == 0
+
+
 def test_a_bad_reward_of_one_of_several_seeds_names_the_seed():
     training = make("dqn", seeds=(3, 4), n_envs=2)
     training.envs.envs[3].env.unwrapped.step = lambda action: (
