@@ -131,14 +131,14 @@ class DDPG:
         action: Tensor = self.actor(obs)
         return (action + self.config.noise_std * noise).clamp(-1, 1)
 
+    @torch.no_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma Q'(s', mu'(s')), and r alone where s' is terminal
-        with torch.no_grad():
-            q_next = self.critic_target(s_next, self.actor_target(s_next)).squeeze(1)  # [S, B]
-            y = r + self.config.gamma * (1 - terminated) * q_next
+        q_next = self.critic_target(s_next, self.actor_target(s_next)).squeeze(1)  # [S, B]
+        y = r + self.config.gamma * (1 - terminated) * q_next
 
         # critic: L = mean (y - Q(s, a))^2, whose slope in Q(s, a) is 2 (Q(s, a) - y) / B
         q, pullback = self.critic.vjp(s, a)  # [S, 1, B]

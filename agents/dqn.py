@@ -145,19 +145,19 @@ class DQN:
         random = (pick * self.action_dim).long()
         return torch.where(coin < self.epsilon(step), random, self.q.act(obs))
 
+    @torch.no_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma max_a' Q^(s', a'), and r alone where s' is terminal
         # Double DQN: y = r + gamma Q^(s', argmax_a' Q(s', a'))
-        with torch.no_grad():
-            q_next = self.q_target(s_next)  # [S, B, actions]
-            if self.config.double:
-                q_next = q_next.gather(-1, self.q.act(s_next).unsqueeze(-1)).squeeze(-1)
-            else:
-                q_next = q_next.amax(-1)
-            y = r + self.config.gamma * (1 - terminated) * q_next  # [S, B]
+        q_next = self.q_target(s_next)  # [S, B, actions]
+        if self.config.double:
+            q_next = q_next.gather(-1, self.q.act(s_next).unsqueeze(-1)).squeeze(-1)
+        else:
+            q_next = q_next.amax(-1)
+        y = r + self.config.gamma * (1 - terminated) * q_next  # [S, B]
 
         # L = mean Huber(y - Q(s, a)), whose slope in Q(s, a) is the error clipped to [-1, 1]
         values, pullback = self.q.vjp(s)  # [S, B, actions]

@@ -59,7 +59,8 @@ class Adam(torch.optim.Adam):
                 )
 
     # torch wraps a step in a profiler's record and hooks unless told that this was done: 30 to 70
-    # microseconds, more than the kernel of a small network.
+    # microseconds, more than the kernel of a small network. So step hooks do not run, the one by
+    # which `AverageBank.applied` refuses a step included.
     step.hooked = True  # type: ignore[attr-defined]
 
 
@@ -101,6 +102,6 @@ def take_step(optimizer: Optimizer, loss: Tensor, found_inf: Tensor) -> None:
     elif found_inf:  # read back: these optimizers take no such flag
         return
     elif isinstance(optimizer, PolyakSGD):
-        optimizer.step(loss=loss.detach().flatten(1).mean(1).sum())
+        optimizer.step(loss=loss.flatten(1).mean(1).sum())
     else:
         optimizer.step()

@@ -110,7 +110,8 @@ class PixelQNetwork(QNetwork):
 
     def vjp(self, obs: Tensor) -> tuple[Tensor, Pullback]:
         """Values of all actions, and how their slopes reach the weights: by autograd."""
-        values = self(obs)
+        with torch.enable_grad():
+            values = self(obs)
 
         def pullback(slopes: Tensor) -> None:
             self.zero_grad()

@@ -152,6 +152,7 @@ class SAC:
         mean, log_std = self.actor(obs)
         return torch.tanh(mean + log_std.exp() * noise)
 
+    @torch.no_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
         s, a, r, terminated, s_next = batch
@@ -162,19 +163,18 @@ class SAC:
 
         # temperature: J(alpha) = mean -log alpha (log pi(a_pi|s) + H-bar), linear in log alpha
         log_alpha = self.temperature.log_alpha  # [S, 1]
-        alpha = log_alpha.detach().exp()
+        alpha = log_alpha.exp()
         entropy_gap = (log_pi + self.target_entropy).mean(-1, keepdim=True)  # [S, 1]
-        alpha_loss = -log_alpha.detach() * entropy_gap
+        alpha_loss = -log_alpha * entropy_gap
         log_alpha.grad = -entropy_gap
         bad = self.guard.found_inf("temperature", self.temperature_flat.grad_norm())
         self.temperature_optimizer.step(bad)
 
         # y = r + gamma (min_i Qbar_i(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s'),
         # and r alone where s' is terminal
-        with torch.no_grad():
-            a_next, log_pi_next = self.actor.sample(s_next, noise[:, 1])
-            q_next = self.critic_target(s_next, a_next).amin(1)  # [S, B]
-            y = r + self.config.gamma * (1 - terminated) * (q_next - alpha * log_pi_next)
+        a_next, log_pi_next = self.actor.sample(s_next, noise[:, 1])
+        q_next = self.critic_target(s_next, a_next).amin(1)  # [S, B]
+        y = r + self.config.gamma * (1 - terminated) * (q_next - alpha * log_pi_next)
 
         # critics: J(theta) = sum_i mean 1/2 (Q_i(s, a) - y)^2, slope (Q_i(s, a) - y) / B
         q, pullback = self.critic.vjp(s, a)  # [S, 2, B]

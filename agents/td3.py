@@ -110,18 +110,18 @@ class TD3:
         action: Tensor = self.actor(obs)
         return (action + self.config.noise_std * torch.stack(draws)).clamp(-1, 1)
 
+    @torch.no_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
         c, (s, a, r, terminated, s_next) = self.config, batch
 
         # a~ = pi_phi'(s') + eps, eps ~ clip(N(0, sigma~), -c, c)
         # y = r + gamma min_i Q_thetai'(s', a~), and r alone where s' is terminal
-        with torch.no_grad():
-            draws = [torch.randn(a.shape[1:], generator=g, device=a.device) for g in self.smoothing]
-            clip = c.target_noise_clip
-            eps = (c.target_noise_std * torch.stack(draws)).clamp_(-clip, clip)
-            a_next = (self.actor_target(s_next) + eps).clamp_(-1, 1)
-            y = r + c.gamma * (1 - terminated) * self.critic_target(s_next, a_next).amin(1)
+        draws = [torch.randn(a.shape[1:], generator=g, device=a.device) for g in self.smoothing]
+        clip = c.target_noise_clip
+        eps = (c.target_noise_std * torch.stack(draws)).clamp_(-clip, clip)
+        a_next = (self.actor_target(s_next) + eps).clamp_(-1, 1)
+        y = r + c.gamma * (1 - terminated) * self.critic_target(s_next, a_next).amin(1)
 
         # critics: L = sum_i mean (y - Q_i(s, a))^2, whose slope in Q_i is 2 (Q_i(s, a) - y) / B
         q, pullback = self.critic.vjp(s, a)  # [S, 2, B]

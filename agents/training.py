@@ -396,11 +396,13 @@ class Training:
         self, next_obs: NDArray[Any], reward: NDArray[np.float64], ended: NDArray[np.bool_]
     ) -> None:
         """Raise NonFiniteError if what the environments returned is not finite."""
-        for what, finite, before_reset in (
+        looks = [
             ("a reward", np.isfinite(reward), True),
             ("an observation", _finite(next_obs), True),
-            ("the first observation of an episode", _finite(self.obs), False),
-        ):
+        ]
+        if next_obs is not self.obs:
+            looks += [("the first observation of an episode", _finite(self.obs), False)]
+        for what, finite, before_reset in looks:
             for i in np.flatnonzero(~finite):
                 raise NonFiniteError(
                     f"{what} is not finite after {self.step} environment steps: "
@@ -506,8 +508,11 @@ def _vector_env(config: TrainConfig, seeds: Sequence[int]) -> SyncVectorEnv:
 
 
 def _finite(obs: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of the observations [S, n_envs, ...] are finite, [S * n_envs]."""
-    finite: NDArray[np.bool_] = np.isfinite(obs.reshape(obs.shape[0] * obs.shape[1], -1)).all(1)
+    """Which of the observations [S, n_envs, ...] are finite, [S * n_envs]; images always are."""
+    n = obs.shape[0] * obs.shape[1]
+    if obs.dtype == np.uint8:
+        return np.ones(n, dtype=bool)
+    finite: NDArray[np.bool_] = np.isfinite(obs.reshape(n, -1)).all(1)
     return finite
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak_rl.guard import Guard, all_finite, check_guard
-from polyak_rl.rules import Rule, Tail, Window, describe_rule
+from polyak_rl.rules import Rule, Tail, Window, describe_rule, require_int
 from polyak_rl.target import Buffers
 from polyak_rl.vector import Averages, WeightVector, require_online
 
@@ -88,8 +88,7 @@ class AverageBank(Averages[str]):
                 raise ValueError(
                     f"{name!r} is a Tail, which needs the whole run: record a Timeline instead"
                 )
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+        require_int(every, 1, "every")
         self.rules = dict(rules)
         self.every = every
         self.clock = self.skipped = 0

@@ -143,7 +143,7 @@ class Uniform(Rule):
     start: int = 0
 
     def __post_init__(self) -> None:
-        _require_int(self.start, 0, "Uniform's start")
+        require_int(self.start, 0, "Uniform's start")
 
     def gain(self, k: int, every: int = 1) -> float:
         """One over the number of iterates averaged so far."""
@@ -318,8 +318,8 @@ class Window(Rule):
     every: int
 
     def __post_init__(self) -> None:
-        _require_int(self.size, 1, "Window's size")
-        _require_int(self.every, 1, "Window's every")
+        require_int(self.size, 1, "Window's size")
+        require_int(self.every, 1, "Window's every")
 
     def fires(self, k: int, every: int = 1) -> bool:
         """True where update k takes a snapshot."""
@@ -374,7 +374,7 @@ class Hard(Rule):
     every: int
 
     def __post_init__(self) -> None:
-        _require_int(self.every, 1, "Hard's every")
+        require_int(self.every, 1, "Hard's every")
 
     def gain(self, k: int, every: int = 1) -> float:
         """1 at every N-th update and at the first, else 0."""
@@ -468,6 +468,7 @@ def _require(holds: bool, what: str, given: object) -> None:
         raise ValueError(f"{what}, got {given!r}")
 
 
-def _require_int(value: int, least: int, what: str) -> None:
+def require_int(value: int, least: int, what: str) -> None:
+    """Raise ValueError unless it is a whole number of at least ``least``."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     _require(whole and value >= least, f"{what} must be a whole number of at least {least}", value)

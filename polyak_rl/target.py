@@ -31,6 +31,7 @@ from polyak_rl.pairing import (
     unwrap,
     walk,
 )
+from polyak_rl.rules import require_int
 
 Tau: TypeAlias = float | Tensor | Mapping[str, float]
 """One number in [0, 1], a 0-dim tensor on the networks' device, or a number per name pattern."""
@@ -249,8 +250,7 @@ class TargetNetwork(nn.Module):
         super().__init__()
         if not isinstance(online, nn.Module):
             raise TypeError(f"online must be a module, got {type(online).__name__}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+        require_int(every, 1, "every")
         self.every = every
         self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._policy = buffers

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak_rl.guard import Guard, all_finite, check_guard
-from polyak_rl.rules import Ema, Rule
+from polyak_rl.rules import Ema, Rule, require_int
 from polyak_rl.target import Buffers
 from polyak_rl.vector import Averages, WeightVector, require_online
 
@@ -82,11 +82,8 @@ class Timeline(Averages[Rule]):
         max_bytes: int = 1 << 30,
         guard: Guard = None,
     ) -> None:
-        for name, value, least in (("capacity", capacity, 2), ("every", every, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{name} must be a whole number of at least {least}, got {value!r}"
-                )
+        require_int(capacity, 2, "capacity")
+        require_int(every, 1, "every")
         if capacity % 2:
             raise ValueError(f"capacity must be even, so that neighbours can merge, got {capacity}")
         if expected is not None and expected < every:

@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import os
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from scripts.experiment import commit
 from scripts.timing import Bench, Case, Goal, Value
 
 
@@ -21,7 +21,7 @@ def machine(bench: Bench) -> dict[str, Any]:
     packages = ("torch", "numpy", "stable_baselines3", "sbx-rl", "jax", "optax", "timm")
     facts = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": commit() or "unknown",
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -38,20 +38,6 @@ def machine(bench: Bench) -> dict[str, Any]:
         # Below 1 the machine was shared: the rest of the time somebody else had the core.
         facts["share of the core"] = round(bench.cpu / bench.wall, 3)
     return facts
-
-
-def commit() -> str:
-    """The commit that was measured, and whether files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = " with changes" if git("status", "--porcelain") else ""
-        return git("rev-parse", "--short", "HEAD") + changed
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def processor() -> str:
