@@ -38,7 +38,7 @@ from agents.averaging import PolicyAverages
 from agents.evaluation import Evaluation
 from agents.training import EpisodeSeeds, Training
 
-SCHEMA = 2
+SCHEMA = 3
 
 State = dict[str, Any]
 

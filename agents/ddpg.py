@@ -134,6 +134,15 @@ class DDPG:
     @torch.no_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
+        tags = self.learn(batch)
+
+        # theta' <- tau theta + (1 - tau) theta'
+        for target in self.targets.values():
+            target.update()
+        return tags
+
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a gradient step can be one program: nothing is drawn or decided."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma Q'(s', mu'(s')), and r alone where s' is terminal
@@ -153,10 +162,6 @@ class DDPG:
         q_mu, to_action = self.critic.action_vjp(s, mu)  # [S, 1, B]
         pullback(to_action(torch.full_like(q_mu, -1 / q_mu.shape[-1])))
         self.actor_optimizer.step(self.guard.found_inf("actor", self.actor_flat.grad_norm()))
-
-        # theta' <- tau theta + (1 - tau) theta'
-        for target in self.targets.values():
-            target.update()
         return {
             "losses/qf_loss": critic_loss,
             "losses/q_values": q,

@@ -148,6 +148,15 @@ class DQN:
     @torch.no_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
+        tags = self.learn(batch)
+
+        # every C gradient steps: theta^- <- theta
+        for target in self.targets.values():
+            target.update()
+        return tags
+
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a gradient step can be one program: nothing is drawn or decided."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma max_a' Q^(s', a'), and r alone where s' is terminal
@@ -168,8 +177,4 @@ class DQN:
         pullback(torch.zeros_like(values).scatter_(-1, a, slope.unsqueeze(-1)))
         norm = self.flat.clip_grad_norm_(self.config.max_grad_norm)
         take_step(self.optimizer, loss, self.guard.found_inf("q", norm))
-
-        # every C gradient steps: theta^- <- theta
-        for target in self.targets.values():
-            target.update()
         return {"losses/td_loss": loss, "losses/q_values": q}

@@ -1,5 +1,6 @@
 """Bad numbers: noticed on the device, kept out of the weights, and named."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,7 +52,10 @@ class Guard:
         self.networks = tuple(networks)
         self.flags = torch.zeros(capacity, len(networks), members, device=device)
         self.env_steps: list[int] = []  # of each gradient step since the last reading
-        self._rows = [row.unbind(0) for row in self.flags.unbind(0)]
+        self._rows = self.flags.unbind(0)
+        # Of the gradient step under way, at one place, so that a step can be one program.
+        self._now = torch.zeros(len(networks), members, device=device)
+        self._flags_now = dict(zip(networks, self._now, strict=True))
 
     @property
     def full(self) -> bool:
@@ -65,14 +69,17 @@ class Guard:
             network: One of `networks`.
             norm: Its gradient norms [S * n], a seed's members side by side.
         """
-        flag = self._rows[len(self.env_steps)][self.networks.index(network)]  # [S]
+        flag = self._flags_now[network]  # [S]
         if len(norm) > len(flag):
             norm = norm.view(len(flag), -1).sum(-1)
-        torch.nan_to_num(norm * 0, nan=1.0, out=flag)  # 0 times NaN or an infinity is NaN
-        return flag.amax()
+        torch.logical_not(norm < math.inf, out=flag)  # False for NaN too
+        any_seed: Tensor = flag.amax()
+        return any_seed
 
     def count(self, env_step: int) -> None:
         """Count a gradient step that was begun after `env_step` environment steps."""
+        self._rows[len(self.env_steps)].copy_(self._now)
+        self._now.zero_()
         self.env_steps.append(env_step)
 
     def read(self) -> list[BadGradient]:

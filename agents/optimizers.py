@@ -21,6 +21,12 @@ class Adam(torch.optim.Adam):
 
     def __init__(self, parameters: Sequence[FlatParameter], lr: float) -> None:
         super().__init__(parameters, lr=lr, fused=True)
+        for parameter in parameters:
+            self.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     def step(self, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
         """m <- m + (1 - b1) (g - m), v <- v + (1 - b2) (g^2 - v), p <- p - lr m^ / (sqrt(v^) + e).
@@ -34,10 +40,6 @@ class Adam(torch.optim.Adam):
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
                 state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"].add_(1)
                 if found_inf is not None:
                     state["step"].sub_(found_inf)

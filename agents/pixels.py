@@ -5,7 +5,7 @@ last K frames, uint8, as `gymnasium.wrappers.FrameStackObservation` makes it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -217,10 +217,13 @@ class FrameReplay(Replay):
                 if not uses[place]:
                     self.free[member].append(place)
 
-    def sample(self, batch_size: int, generators: Sequence[torch.Generator]) -> Batch:
-        """Draw `batch_size` transitions of every seed; their stacks are uint8 [S, B, K, H, W]."""
-        batch = super().sample(batch_size, generators)
-        return batch._replace(obs=self._stacks(batch.obs), next_obs=self._stacks(batch.next_obs))
+    def batches(
+        self, batch_size: int, generators: Sequence[torch.Generator], count: int
+    ) -> Iterator[Batch]:
+        """Batches of `Replay.batches`, with stacks put together: uint8 [S, B, K, H, W]."""
+        for batch in super().batches(batch_size, generators, count):
+            obs, next_obs = self._stacks(batch.obs), self._stacks(batch.next_obs)
+            yield batch._replace(obs=obs, next_obs=next_obs)
 
     def dump(self, n: int) -> bytes:
         """The newest n transitions: rows that count the frames, and after them the frames."""

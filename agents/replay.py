@@ -1,12 +1,15 @@
 """Experience replay on the agent's device, one buffer per seed in one tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+DRAWN_AT_ONCE = 2**18
+"""Numbers of a buffer's rows that are gathered in one go, where many batches are due: 1 MiB."""
 
 
 class Batch(NamedTuple):
@@ -128,18 +131,30 @@ class Replay:
         Raises:
             ValueError: Nothing is stored yet.
         """
+        return next(self.batches(batch_size, generators, 1))
+
+    def batches(
+        self, batch_size: int, generators: Sequence[torch.Generator], count: int
+    ) -> Iterator[Batch]:
+        """What `count` calls of `sample` would return, on CPU to the bit, drawn many at a time.
+
+        Raises:
+            ValueError: Nothing is stored yet.
+        """
         if self.size == 0:
             raise ValueError("cannot sample from an empty replay buffer; add a transition first")
-        device = self.rows.device
-        picks = torch.stack(
-            [
-                torch.randint(self.size, (batch_size,), generator=g, device=device)
-                for g in generators
-            ]
-        )
-        index = (self.first_rows + picks).flatten()
-        rows = self.rows.flatten(0, 1).index_select(0, index)
-        obs, action, reward, terminated, next_obs = torch.split(
-            rows.view(*picks.shape, -1), self.widths, dim=-1
-        )
-        return Batch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)
+        at_once = max(1, DRAWN_AT_ONCE // (len(self.rows) * batch_size * sum(self.widths)))
+        for first in range(0, count, at_once):
+            shape = (min(at_once, count - first), batch_size)
+            picks = torch.stack(
+                [
+                    torch.randint(self.size, shape, generator=g, device=self.rows.device)
+                    for g in generators
+                ],
+                dim=1,
+            )  # [count, S, B]
+            index = (self.first_rows + picks).flatten()
+            rows = self.rows.flatten(0, 1).index_select(0, index).view(*picks.shape, -1)
+            obs, action, reward, terminated, next_obs = torch.split(rows, self.widths, dim=-1)
+            fields = (obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)
+            yield from map(Batch, *(field.unbind() for field in fields))

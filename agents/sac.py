@@ -155,8 +155,23 @@ class SAC:
     @torch.no_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
+        action = batch.action
+        shape = (2, *action.shape[1:])
+        tags = self.learn(batch, self._noise(self.reparameterisation, shape, action.device))
+
+        # thetabar_i <- tau theta_i + (1 - tau) thetabar_i
+        for target in self.targets.values():
+            target.update()
+        return tags
+
+    def learn(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
+        """What of a gradient step can be one program: nothing is drawn or decided.
+
+        Args:
+            batch: Transitions.
+            noise: Standard normal draws [S, 2, B, A], of the actions in s and in s'.
+        """
         s, a, r, terminated, s_next = batch
-        noise = self._noise(self.reparameterisation, (2, *a.shape[1:]), a.device)  # [S, 2, B, A]
 
         # a_pi ~ pi(.|s): serves the temperature and the actor
         a_pi, log_pi, to_actor = self.actor.sample_vjp(s, noise[:, 0])  # [S, B, A], [S, B]
@@ -166,7 +181,7 @@ class SAC:
         alpha = log_alpha.exp()
         entropy_gap = (log_pi + self.target_entropy).mean(-1, keepdim=True)  # [S, 1]
         alpha_loss = -log_alpha * entropy_gap
-        log_alpha.grad = -entropy_gap
+        torch.neg(entropy_gap, out=log_alpha.grad)
         bad = self.guard.found_inf("temperature", self.temperature_flat.grad_norm())
         self.temperature_optimizer.step(bad)
 
@@ -190,10 +205,6 @@ class SAC:
         slopes = torch.zeros_like(q_pi).scatter_(1, which, -1 / q_pi.shape[-1])
         to_actor(to_action(slopes), alpha.expand_as(log_pi) / q_pi.shape[-1])
         self.actor_optimizer.step(self.guard.found_inf("actor", self.actor_flat.grad_norm()))
-
-        # thetabar_i <- tau theta_i + (1 - tau) thetabar_i
-        for target in self.targets.values():
-            target.update()
         return {
             "losses/qf_loss": critic_loss,
             "losses/q_values": q,

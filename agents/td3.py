@@ -113,13 +113,30 @@ class TD3:
     @torch.no_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
+        shape, device = batch.action.shape[1:], batch.action.device
+        draws = [torch.randn(shape, generator=g, device=device) for g in self.smoothing]
+        actors_turn = self.clock.tick() % self.config.policy_delay == 0
+        tags = self.learn(batch, torch.stack(draws), actors_turn)
+
+        # every d gradient steps: theta_i' <- tau theta_i + (1 - tau) theta_i', phi' likewise
+        for target in self.targets.values():
+            target.update()
+        return tags
+
+    def learn(self, batch: Batch, noise: Tensor, actors_turn: bool) -> dict[str, Tensor]:
+        """What of a gradient step can be one program: nothing is drawn or decided.
+
+        Args:
+            batch: Transitions.
+            noise: Standard normal draws [S, B, A].
+            actors_turn: Whether the actor takes a step too.
+        """
         c, (s, a, r, terminated, s_next) = self.config, batch
 
         # a~ = pi_phi'(s') + eps, eps ~ clip(N(0, sigma~), -c, c)
         # y = r + gamma min_i Q_thetai'(s', a~), and r alone where s' is terminal
-        draws = [torch.randn(a.shape[1:], generator=g, device=a.device) for g in self.smoothing]
         clip = c.target_noise_clip
-        eps = (c.target_noise_std * torch.stack(draws)).clamp_(-clip, clip)
+        eps = (c.target_noise_std * noise).clamp_(-clip, clip)
         a_next = (self.actor_target(s_next) + eps).clamp_(-1, 1)
         y = r + c.gamma * (1 - terminated) * self.critic_target(s_next, a_next).amin(1)
 
@@ -134,7 +151,7 @@ class TD3:
 
         # every d gradient steps, the actor, uphill:
         # grad_phi J = mean grad_a Q_theta1(s, a)|a=pi_phi(s) grad_phi pi_phi(s)
-        if self.clock.tick() % c.policy_delay == 0:
+        if actors_turn:
             mu, pullback = self.actor.vjp(s)  # [S, B, A]
             q_mu, to_action = self.critic.action_vjp(s, mu)  # [S, 2, B]
             slopes = torch.zeros_like(q_mu)
@@ -142,8 +159,4 @@ class TD3:
             pullback(to_action(slopes))
             self.actor_optimizer.step(self.guard.found_inf("actor", self.actor_flat.grad_norm()))
             tags["losses/actor_loss"] = -q_mu[:, 0]
-
-        # and the targets: theta_i' <- tau theta_i + (1 - tau) theta_i', phi' likewise
-        for target in self.targets.values():
-            target.update()
         return tags

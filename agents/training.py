@@ -19,6 +19,7 @@ from agents.limits import check
 from agents.networks import stack_members
 from agents.pixels import FrameReplay
 from agents.presets import ALGORITHMS
+from agents.program import Program, require_compiler
 from agents.replay import Batch, Replay
 from agents.seeding import Purpose, episode_seed, evaluation_seeds, generators
 from agents.spaces import interface, make_env
@@ -42,6 +43,9 @@ class Agent(Protocol):
     def explore(self, obs: Tensor, step: int) -> Tensor:
         """Actions of the behaviour policy at an environment step."""
         ...
+
+    learn: Callable[..., dict[str, Tensor]]
+    """what of `update` can be one program"""
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step; tags with values [S, ...] on the device, shown by their means."""
@@ -88,6 +92,9 @@ class TrainConfig:
     """environment steps between two readings of losses and speed"""
     device: str = "cpu"
     """where networks and replay buffer live, as torch names it"""
+    compile: bool = False
+    """make the gradient step one program: on CPU compiled, which takes a C++ compiler and some ten
+    seconds and is the same to rounding; on CUDA a captured graph. For adam with a constant rate"""
 
 
 class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
@@ -162,8 +169,8 @@ def crossings(before: int, after: int, every: int) -> int:
 class Training:
     """A run of one algorithm on one environment, for several seeds at once.
 
-    A seed's run is the same, to the bit on CPU, whichever seeds run beside it. Everything that
-    changes from step to step is an attribute.
+    A seed's run is the same, to the bit on CPU, whichever seeds run beside it (with `compile` to
+    rounding). Everything that changes from step to step is an attribute.
 
     Args:
         algo: A name of `agents.presets.ALGORITHMS`.
@@ -215,6 +222,8 @@ class Training:
         if config.on_nonfinite == "skip" and len(self.seeds) > 1:
             raise ValueError("on_nonfinite skip trains one seed: several would skip together")
         self.device = torch.device(config.device)
+        if config.compile:
+            _check_compile(config, agent_config, self.device)
         self.envs = _vector_env(config, self.seeds) if envs is None else envs
         self.autoreset = self.envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         self.interface = interface(
@@ -227,6 +236,10 @@ class Training:
         self.agent: Agent = agent_class(
             obs_dim, action_dim, agent_config, self.seeds, self.device, config.total_steps
         )
+        if config.compile:
+            if isinstance(obs_dim, tuple):
+                raise ValueError("compile is for vectors of observations, got images")
+            self.agent.learn = Program(self.agent.learn)
         replay_class: Any = FrameReplay if isinstance(obs_dim, tuple) else Replay
         self.replay: Replay = replay_class(
             capacity=max(config.n_envs, min(agent_config.buffer_size, config.total_steps)),
@@ -281,8 +294,10 @@ class Training:
         """Step every environment once, and do what falls due between the old and the new step."""
         before = self.step
         self._interact()
-        for _ in range(self._updates_due(before, self.step)):
-            self._learn()
+        if due := self._updates_due(before, self.step):
+            batch_size = self.agent.config.batch_size
+            for batch in self.replay.batches(batch_size, self.sampling, due):
+                self._learn(batch)
         if self.logs and crossings(before, self.step, self.config.log_every):
             self._log_diagnostics()
         if crossings(before, self.step, self.eval_every):
@@ -438,14 +453,13 @@ class Training:
         self.episode_logged_at[member] = self.step
         return True
 
-    def _learn(self) -> None:
+    def _learn(self, batch: Batch) -> None:
         if self.config.lr_decay == "linear":
             for optimizer, rate in self.rates:
                 optimizer.param_groups[0]["lr"] = rate * (1 - self.updates / self.total_updates)
         if self.agent.config.tau_end is not None:
             for target in self.agent.targets.values():
                 target.tau = self._tau()
-        batch = self.replay.sample(self.agent.config.batch_size, self.sampling)
         if self.agent.guard.full:
             self.require_finite()
         self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays
@@ -523,6 +537,15 @@ def _check_seeds(seeds: tuple[int, ...], logs: tuple[Log, ...], own_envs: bool) 
         raise ValueError(f"there must be one log per seed, {len(seeds)}, got {len(logs)}")
     if own_envs and len(seeds) > 1:
         raise ValueError(f"a vector environment of your own trains one seed, got {len(seeds)}")
+
+
+def _check_compile(config: TrainConfig, agent_config: Any, device: torch.device) -> None:
+    if agent_config.optimizer != "adam":
+        raise ValueError(f"compile needs the optimizer adam, got {agent_config.optimizer!r}")
+    if config.lr_decay != "constant":
+        raise ValueError(f"compile needs a constant learning rate, got {config.lr_decay!r}")
+    if device.type == "cpu":
+        require_compiler()
 
 
 def _check_vector_env(envs: VectorEnv[Any, Any, Any], mode: Any, expected: int) -> None:

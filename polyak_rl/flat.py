@@ -161,12 +161,14 @@ class Flat:
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients to an L2 norm of at most ``max_norm``, each member's on its own.
 
+        A norm of NaN scales nothing: it would reach what lies between the parameters, and stay.
+
         Returns:
             The norms before clipping, ``[members]``, or a 0-dim tensor without members.
         """
         norm = self.grad_norm()
         # torch.nn.utils.clip_grad_norm_'s rule
-        scale = (max_norm / (norm + 1e-6)).clamp_(max=1.0).unsqueeze(-1)
+        scale = (max_norm / (norm + 1e-6)).clamp_(max=1.0).nan_to_num_(nan=1.0).unsqueeze(-1)
         for parameter in self.parameters:
             gradient = parameter.gradient
             gradient.mul_(scale if scale.dtype == gradient.dtype else scale.to(gradient))

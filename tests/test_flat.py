@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -328,6 +329,17 @@ def test_clipping_over_two_buffers_takes_one_norm() -> None:
     torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(plain.parameters(), 1.0).float())
     for p, q in zip(network.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_gradient_does_not_outlive_its_step(value: float) -> None:
+    network = mlp()
+    flat = flatten_(network)
+    network[0].weight.grad[0, 0] = value
+    assert not flat.clip_grad_norm_(1.0).isfinite()
+    for p in network.parameters():
+        p.grad.fill_(1e-3)  # as a backward pass that overwrites does
+    assert flat.clip_grad_norm_(1.0).isfinite()
 
 
 @pytest.mark.parametrize("members", [1, 2, 5])

@@ -97,6 +97,20 @@ def test_a_seeds_draws_do_not_depend_on_the_other_seeds():
         assert torch.equal(field[1], expected[0])
 
 
+@pytest.mark.parametrize("at_once", [1, 2 * 5 * 7 * 3, 10**6])
+def test_many_batches_drawn_at_once_are_those_drawn_one_by_one(monkeypatch, at_once):
+    monkeypatch.setattr("agents.replay.DRAWN_AT_ONCE", at_once)
+    replay = Replay(10, obs_dim=2, action_dim=1, members=2)
+    replay.add(*transitions(0, 10, members=2))
+    ours, theirs = (generators(Purpose.REPLAY, [3, 8]) for _ in range(2))
+    batches = list(replay.batches(5, ours, 8))
+    assert len(batches) == 8
+    for batch in batches:
+        for field, expected in zip(batch, replay.sample(5, theirs), strict=True):
+            assert torch.equal(field, expected)
+            assert field.stride() == expected.stride()
+
+
 def test_a_batch_does_not_change_when_the_buffer_does():
     replay = Replay(2, obs_dim=2, action_dim=1)
     replay.add(*transitions(0, 2))

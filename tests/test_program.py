@@ -1,0 +1,236 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from agents.checkpoint import Checkpoints, newest, restore
+from agents.ddpg import DDPG, DDPGConfig
+from agents.dqn import DQN, DQNConfig
+from agents.program import Program
+from agents.replay import Batch
+from agents.sac import SAC, SACConfig
+from agents.td3 import TD3, TD3Config
+from agents.training import TrainConfig, Training
+from tests.agent_cases import random_batch
+
+# torch's own, where Inductor is imported
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+
+SMALL = {"hidden": (16, 16), "batch_size": 8}
+CASES = {
+    "dqn": (DQN, DQNConfig(**SMALL, target_update_every=3), True),
+    "double dqn": (DQN, DQNConfig(**SMALL, double=True, target="soft", tau=0.1), True),
+    "ddpg": (DDPG, DDPGConfig(**SMALL), False),
+    "sac": (SAC, SACConfig(**SMALL), False),
+    "td3": (TD3, TD3Config(**SMALL), False),
+}
+INDUCTOR = [
+    "dqn",
+    *(pytest.param(name, marks=pytest.mark.full) for name in CASES if name != "dqn"),
+]
+
+
+def as_recorded(graph, inputs):
+    """The operations as they were recorded, compiled by nobody."""
+    return graph
+
+
+def batch_of(name, seeds, k, device="cpu"):
+    fields = zip(
+        *(
+            random_batch(8, 4, 2, discrete=CASES[name][2], seed=100 * k + seed)
+            for seed in range(seeds)
+        ),
+        strict=True,
+    )
+    return Batch(*(torch.cat(field).to(device) for field in fields))
+
+
+def trained(name, wrap=lambda step: step, seeds=1, updates=9, device="cpu", spoil=()):
+    """An agent after updates on noise, some with a reward that is not finite, and its last tags."""
+    agent_class, config, _ = CASES[name]
+    agent = agent_class(4, 2, config, range(1, seeds + 1), device, 1000)
+    agent.learn = wrap(agent.learn)
+    for k in range(updates):
+        batch = batch_of(name, seeds, k, device)
+        if k in spoil:
+            batch.reward[-1, 3] = math.nan
+        tags = agent.update(batch)
+        agent.guard.count(k)
+    return agent, tags
+
+
+def tensors(agent):
+    """All that an agent has learnt, by name."""
+    networks = {"policy": agent.policy} | {k: t.module for k, t in agent.targets.items()}
+    state = {f"{n}.{k}": x for n, net in networks.items() for k, x in net.state_dict().items()}
+    for i, optimizer in enumerate(agent.optimizers):
+        for own in optimizer.state.values():
+            state |= {f"optimizer {i} {k}": x for k, x in own.items()}
+    return state
+
+
+def assert_same(ours, theirs):
+    for name, x in theirs.items():
+        assert torch.equal(ours[name], x), name
+
+
+def assert_close(ours, theirs):
+    for name, x in theirs.items():
+        torch.testing.assert_close(ours[name], x, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_recorded_repeats_every_operation(name, seeds):
+    eager, eager_tags = trained(name, seeds=seeds)
+    program, tags = trained(name, lambda step: Program(step, as_recorded), seeds)
+    assert_same(tensors(program), tensors(eager))
+    assert_same(tags, eager_tags)
+
+
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_a_compiled_step_is_the_same_to_rounding(name):
+    eager, eager_tags = trained(name, spoil={2, 5}, updates=7)
+    program, tags = trained(name, Program, spoil={2, 5}, updates=7)
+    assert_close(tensors(program), tensors(eager))
+    finite = {tag: x for tag, x in eager_tags.items() if x.isfinite().all()}
+    assert finite
+    assert_close(tags, finite)
+    assert program.guard.read() == eager.guard.read() != []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_numbers_do_not_reach_the_weights_of_a_program_and_are_named(name):
+    eager, _ = trained(name, spoil={0, 4, 5})
+    program, _ = trained(name, lambda step: Program(step, as_recorded), spoil={0, 4, 5})
+    assert all(x.isfinite().all() for x in tensors(program).values())
+    assert_same(tensors(program), tensors(eager))
+    bad = program.guard.read()
+    assert bad == eager.guard.read()
+    assert {gradient.row for gradient in bad} == {0, 4, 5}
+
+
+def test_a_program_is_made_anew_where_what_it_writes_to_was_replaced():
+    agent, _ = trained("ddpg", lambda step: Program(step, as_recorded))
+    other, _ = trained("ddpg")
+    for one in (agent, other):
+        for optimizer in one.optimizers:
+            optimizer.load_state_dict(optimizer.state_dict())  # new tensors
+        one.update(batch_of("ddpg", 1, 50))
+    assert_same(tensors(agent), tensors(other))
+
+
+def test_a_batch_of_another_size_is_another_program():
+    agent, _ = trained("dqn", lambda step: Program(step, as_recorded))
+    other, _ = trained("dqn")
+    for one in (agent, other):
+        one.update(random_batch(5, 4, 2, discrete=True, seed=1))
+    assert_same(tensors(agent), tensors(other))
+
+
+def test_a_rehearsal_that_fails_leaves_no_trace():
+    weight = torch.ones(3)
+
+    def step(x):
+        weight.mul_(2)
+        raise ArithmeticError("on purpose")
+
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        Program(step)(torch.ones(3))
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_a_step_that_reads_a_value_is_refused():
+    weight = torch.ones(3)
+
+    def step(x):
+        if x.sum() > 0:
+            weight.mul_(2)
+        return {"x": x + weight}
+
+    with pytest.raises(RuntimeError, match="this cannot be one program: it reads a tensor's value"):
+        Program(step, as_recorded)(torch.ones(3))
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_views_of_one_memory_are_written_in_order():
+    memory = torch.zeros(6)
+
+    def step(x):
+        memory[1:4].add_(x)
+        memory.view(2, 3)[:, 1].mul_(memory[3])
+        return {"head": memory[:2].clone(), "sum": memory.sum()}
+
+    program = Program(step, as_recorded)
+    copy = torch.zeros(6)
+    for k in range(3):
+        x = torch.arange(3.0) + k
+        tags = program(x)
+        copy[1:4] += x
+        copy.view(2, 3)[:, 1] *= copy[3].clone()
+        assert torch.equal(memory, copy)
+        assert torch.equal(tags["head"], copy[:2])
+        assert tags["sum"] == copy.sum()
+
+
+def training(algo="dqn", env_id="CartPole-v1", agent_config=None, **options):
+    agent_config = agent_config or DQNConfig(hidden=(16, 16), learning_starts=20, train_every=1)
+    run = TrainConfig(env_id, 120, eval_every=60, eval_episodes=2, compile=True, **options)
+    return Training(algo, agent_config, run, (1,))
+
+
+def test_a_compiled_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path):
+    whole = training()
+    first = training()
+    for _ in range(70):
+        whole.advance()
+        first.advance()
+    Checkpoints(tmp_path, first).save()
+    second = training()
+    restore(newest(tmp_path)[0], second)
+    whole.run()
+    second.run()
+    assert_same(tensors(second.agent), tensors(whole.agent))
+    assert (second.evaluations["last"].returns == whole.evaluations["last"].returns).all()
+    for one in (whole, first, second):
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("agent_config", "options", "message"),
+    [
+        (DQNConfig(optimizer="sgd"), {}, "compile needs the optimizer adam, got 'sgd'"),
+        (None, {"lr_decay": "linear"}, "compile needs a constant learning rate, got 'linear'"),
+    ],
+)
+def test_what_a_program_cannot_do_is_refused(agent_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        training(agent_config=agent_config, **options)
+
+
+def test_a_missing_compiler_is_named_before_anything_begins(monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def missing():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler: install g\+\+"):
+        training()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_a_captured_graph_launches_the_same_kernels(name):
+    eager, eager_tags = trained(name, seeds=2, device="cuda")
+    program, tags = trained(name, Program, seeds=2, device="cuda")
+    assert_close(tensors(program), tensors(eager))
+    assert_close(tags, eager_tags)
+
+
+def test_every_agent_has_a_case():
+    assert {case[0] for case in CASES.values()} == {DQN, DDPG, SAC, TD3}
+    assert all(dataclasses.is_dataclass(case[1]) for case in CASES.values())
