@@ -297,11 +297,27 @@ class Training:
         if due := self._updates_due(before, self.step):
             batch_size = self.agent.config.batch_size
             for batch in self.replay.batches(batch_size, self.sampling, due):
-                self._learn(batch)
+                self.gradient_step(batch)
         if self.logs and crossings(before, self.step, self.config.log_every):
             self._log_diagnostics()
         if crossings(before, self.step, self.eval_every):
             self.evaluate()
+
+    def gradient_step(self, batch: Batch) -> None:
+        """Let the agent learn from a batch, and the recorders record what came of it."""
+        if self.config.lr_decay == "linear":
+            for optimizer, rate in self.rates:
+                optimizer.param_groups[0]["lr"] = rate * (1 - self.updates / self.total_updates)
+        if self.agent.config.tau_end is not None:
+            for target in self.agent.targets.values():
+                target.tau = self._tau()
+        if self.agent.guard.full:
+            self.require_finite()
+        self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays
+        self.agent.guard.count(self.step)
+        self.updates += 1
+        for record in self.recorders:
+            record()
 
     def require_finite(self) -> None:
         """Read what the agent's guard has noticed; called at log lines and before checkpoints.
@@ -452,21 +468,6 @@ class Training:
             return False
         self.episode_logged_at[member] = self.step
         return True
-
-    def _learn(self, batch: Batch) -> None:
-        if self.config.lr_decay == "linear":
-            for optimizer, rate in self.rates:
-                optimizer.param_groups[0]["lr"] = rate * (1 - self.updates / self.total_updates)
-        if self.agent.config.tau_end is not None:
-            for target in self.agent.targets.values():
-                target.tau = self._tau()
-        if self.agent.guard.full:
-            self.require_finite()
-        self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays
-        self.agent.guard.count(self.step)
-        self.updates += 1
-        for record in self.recorders:
-            record()
 
     def _tau(self) -> float:
         """The weight in the next update of a soft target: on a line from `tau` to `tau_end`."""

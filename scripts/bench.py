@@ -35,7 +35,9 @@ from agents.averaging import PolicyAverages, default_rules
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.presets import preset
+from agents.program import require_compiler
 from agents.sac import SACConfig
+from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training
 from polyak_rl import AverageBank, Ema, Power, Rule, TargetNetwork, Uniform, Window, flatten_
 from polyak_rl import soft_update as polyak_soft_update
@@ -53,7 +55,7 @@ BLOCK = 32  # updates after which a bank takes them in: calls hold so many, lest
 STEPS_OF_A_RUN = 1_000_000  # environment steps that averages and timelines are laid out for
 
 # Names that goals refer to, beside those of rivals and floors.
-GEMMS, OURS = "its GEMMs alone", "polyak_rl"
+GEMMS, OURS, COMPILED = "its GEMMs alone", "polyak_rl", "polyak_rl, compiled"
 SOFT, SOFT_FLAT = "soft_update", "soft_update, flat"
 TARGET, TARGET_FLAT = "TargetNetwork", "TargetNetwork, flat"
 ALONE, TOGETHER = "one seed", "seeds together"
@@ -88,12 +90,15 @@ class Options:
     """the most averages side by side"""
     max_seeds: int = 32
     """the most seeds together"""
+    compile: bool = True
+    """measure compiled steps too, where a C++ compiler is at hand; ten seconds each to begin"""
     out: Path = Path("runs/bench")
     """folder of bench.md and bench.json"""
 
 
 TWIN, NARROW, CONV = "twin critic 256x256", "three-layer 64-unit net", "160 conv tensors"
 SAC_STEP, DDPG_STEP = "SAC gradient step", "DDPG gradient step"
+TD3_STEP = "TD3 gradient step"
 DQN64_STEP, DQN256_STEP = "DQN gradient step, 64 units", "DQN gradient step, 256x256"
 SAC_LOOP, DQN_LOOP = "SAC on HalfCheetah-v5", "DQN on CartPole-v1"
 SEEDS64, SEEDS256 = "DQN on CartPole-v1, 64 units", "DQN on CartPole-v1, 256x256"
@@ -123,14 +128,19 @@ GOALS = (
     Goal("DDPG step against SB3", DDPG_STEP, "", SB3, OURS, at_least=1.5),
     Goal("DQN step, 64 units, against SB3", DQN64_STEP, "", SB3, OURS, at_least=1.6),
     Goal("DQN step, 256x256, against SB3", DQN256_STEP, "", SB3, OURS, at_least=1.6),
-    Goal("SAC step against SBX", SAC_STEP, "", SBX, OURS, at_least=1),
-    Goal("DDPG step against SBX", DDPG_STEP, "", SBX, OURS, at_least=1),
-    Goal("DQN step, 64 units, against SBX", DQN64_STEP, "", SBX, OURS, at_least=1),
-    Goal("DQN step, 256x256, against SBX", DQN256_STEP, "", SBX, OURS, at_least=1),
+    *(
+        Goal(f"{step}, compiled, against SBX", title, "", SBX, COMPILED, at_least=1)
+        for step, title in (
+            ("SAC step", SAC_STEP),
+            ("DDPG step", DDPG_STEP),
+            ("DQN step, 64 units", DQN64_STEP),
+            ("DQN step, 256x256", DQN256_STEP),
+            ("SAC whole loop", SAC_LOOP),
+            ("DQN whole loop", DQN_LOOP),
+        )
+    ),
     Goal("SAC whole loop against SB3", SAC_LOOP, "", SB3, OURS, at_least=1.5),
     Goal("DQN whole loop against SB3", DQN_LOOP, "", SB3, OURS, at_least=1.6),
-    Goal("SAC whole loop against SBX", SAC_LOOP, "", SBX, OURS, at_least=1),
-    Goal("DQN whole loop against SBX", DQN_LOOP, "", SBX, OURS, at_least=1),
     Goal("SAC step with 12 averages over one without", AVERAGING, "", TWELVE, PLAIN, at_most=1.03),
     Goal("20 DQN seeds together, 64 units", SEEDS64, "20", ALONE, TOGETHER, at_least=3),
     Goal("20 DQN seeds together, 256x256", SEEDS256, "20", ALONE, TOGETHER, at_least=1.3),
@@ -226,37 +236,54 @@ def steps(bench: Bench, options: Options) -> None:
     for title, algo, env_id, config in (
         (SAC_STEP, "sac", "HalfCheetah-v5", SACConfig()),
         (DDPG_STEP, "ddpg", "HalfCheetah-v5", DDPGConfig(hidden=(256, 256))),
+        (TD3_STEP, "td3", "HalfCheetah-v5", TD3Config(hidden=(256, 256))),
         (DQN64_STEP, "dqn", "CartPole-v1", DQNConfig(hidden=(64, 64), batch_size=64)),
         (DQN256_STEP, "dqn", "CartPole-v1", DQNConfig(hidden=(256, 256), batch_size=64)),
     ):
-        training = filled_training(algo, env_id, config, bench.device)
-        # Discrete control learns in bursts, as in its presets; the others at every step.
-        burst = 64 if algo == "dqn" else 1
-        size = training.interface
-        floor = gemms(algo, size.obs_dim, size.action_dim, config, bench.device)
-        contenders: dict[str, Contender] = {
-            GEMMS: Contender(partial(call_all, floor)),
-            OURS: Contender(partial(learn, training)),
+        # Discrete control learns in bursts, as in its presets; the others at every step, or, where
+        # the actor has every second one, at two.
+        burst = {"dqn": 64, "td3": 2}.get(algo, 1)
+        trainings = {
+            name: filled_training(algo, env_id, config, bench.device, compile=name == COMPILED)
+            for name in ours(options)
         }
+        size = trainings[OURS].interface
+        floor = gemms(algo, size.obs_dim, size.action_dim, config, bench.device)
+        contenders = {GEMMS: Contender(partial(call_all, floor), burst if algo == "td3" else 1)}
+        for name, training in trainings.items():
+            contenders[name] = Contender(partial(learn, training, burst), burst)
         rival_config = dataclasses.replace(config, buffer_size=ROWS)
         for name, model in rival_agents(algo, env_id, rival_config, bench.device).items():
             fill(model.replay_buffer)
             train = partial(model.train, gradient_steps=burst, batch_size=config.batch_size)
             contenders[name] = Contender(train, burst, rival=True)
-        step_flops = flops(partial(learn, training))
-        bench.value(f"{title}: floating-point operations in products", step_flops, "FLOP")
-        bench.value(f"{title}: those of its GEMMs alone", flops(contenders[GEMMS].run), "FLOP")
+        for what, name in (
+            ("floating-point operations in products", OURS),
+            ("those of its GEMMs alone", GEMMS),
+        ):
+            run, count = contenders[name][:2]
+            bench.value(f"{title}: {what}", flops(run) / count, "FLOP")
         note = f"{env_id}'s shapes, units {config.hidden}, batch {config.batch_size}"
         bench.compare(title, contenders, seconds=options.step_seconds, note=note, baseline=SB3)
-        training.close()
+        for training in trainings.values():
+            training.close()
 
 
-def learn(training: Training) -> None:
-    """A gradient step as the training loop takes it."""
-    batch = training.replay.sample(training.agent.config.batch_size, training.sampling)
-    training.agent.update(batch)
-    for record in training.recorders:
-        record()
+def ours(options: Options) -> list[str]:
+    """In which ways this project's gradient steps are measured."""
+    try:
+        if options.device == "cpu":
+            require_compiler()
+    except ValueError:
+        return [OURS]
+    return [OURS, COMPILED] if options.compile else [OURS]
+
+
+def learn(training: Training, count: int = 1) -> None:
+    """Gradient steps as the training loop takes them."""
+    batch_size = training.agent.config.batch_size
+    for batch in training.replay.batches(batch_size, training.sampling, count):
+        training.gradient_step(batch)
 
 
 def call_all(calls: Sequence[Callable[[], object]]) -> None:
@@ -272,18 +299,30 @@ def fresh_training(
     device: torch.device,
     seeds: Sequence[int] = (1,),
     buffer_size: int = 100_000,
+    compile: bool = False,
 ) -> Training:
     """A training that never evaluates and never ends."""
     config = dataclasses.replace(config, buffer_size=buffer_size)
-    run = TrainConfig(env_id, STEPS_OF_A_RUN, eval_every=2 * STEPS_OF_A_RUN, device=str(device))
+    run = TrainConfig(
+        env_id,
+        STEPS_OF_A_RUN,
+        eval_every=2 * STEPS_OF_A_RUN,
+        device=str(device),
+        compile=compile,
+    )
     return Training(algo, config, run, seeds)
 
 
 def filled_training(
-    algo: str, env_id: str, config: Any, device: torch.device, seeds: Sequence[int] = (1,)
+    algo: str,
+    env_id: str,
+    config: Any,
+    device: torch.device,
+    seeds: Sequence[int] = (1,),
+    compile: bool = False,
 ) -> Training:
     """A training with random transitions in every row of its replay buffer."""
-    training = fresh_training(algo, env_id, config, device, seeds, ROWS)
+    training = fresh_training(algo, env_id, config, device, seeds, ROWS, compile)
     rng = np.random.default_rng(0)
     shape, size = (len(seeds), ROWS), training.interface
     if size.discrete:
@@ -308,8 +347,14 @@ def loops(bench: Bench, options: Options) -> None:
         (SAC_LOOP, "sac", "HalfCheetah-v5", sac, 16),
         (DQN_LOOP, "dqn", "CartPole-v1", dqn, 256),
     ):
-        training = fresh_training(algo, env_id, config, bench.device)
-        contenders = {OURS: Contender(partial(advance, training, burst), burst)}
+        trainings = {
+            name: fresh_training(algo, env_id, config, bench.device, compile=name == COMPILED)
+            for name in ours(options)
+        }
+        contenders = {
+            name: Contender(partial(advance, training, burst), burst)
+            for name, training in trainings.items()
+        }
         for name, model in rival_agents(algo, env_id, config, bench.device).items():
             run = partial(model.learn, burst, log_interval=None, reset_num_timesteps=False)
             contenders[name] = Contender(run, burst, rival=True)
@@ -318,7 +363,8 @@ def loops(bench: Bench, options: Options) -> None:
             f"steps every {config.train_every} environment steps, no evaluation"
         )
         bench.compare(title, contenders, note=note, baseline=SB3, **turns)
-        training.close()
+        for training in trainings.values():
+            training.close()
 
     count = min(20, options.max_seeds)
     for title, hidden in ((SEEDS64, (64, 64)), (SEEDS256, (256, 256))):
@@ -514,7 +560,7 @@ def gpu(bench: Bench, options: Options) -> None:
             sum(launches(run).values()),
             "launches",
         )
-    training = filled_training("sac", "HalfCheetah-v5", SACConfig(), bench.device)
+    training = filled_training("sac", "HalfCheetah-v5", SACConfig(), bench.device, compile=True)
     counts = launches(partial(learn, training))
     bench.value(SAC_LAUNCHES, sum(counts.values()), "launches")
     bench.value("of these, graphs", counts[GRAPH_LAUNCH], "launches")

@@ -31,21 +31,24 @@ def on_one_vector(online: Tensor, tau: float) -> dict[str, Callable[[], object]]
 
 
 def gemms(algo: str, obs: int, action: int, config: Any, device: torch.device) -> list[Call]:
-    """The matrix products that one gradient step needs, in order, and no others."""
+    """The matrix products that one gradient step needs, in order, and no others; TD3's of two."""
     q = (obs + action, *config.hidden, 1)
     run = partial(products, batch=config.batch_size, device=device)
     if algo == "dqn":
         q = (obs, *config.hidden, action)
         return [*run(q), *run(q, back="weights")]  # Q^(s'), Q(s)
-    twins, outputs = (2, 2 * action) if algo == "sac" else (1, action)
-    pi = (obs, *config.hidden, outputs)
-    return [
+    twins = 1 if algo == "ddpg" else 2
+    pi = (obs, *config.hidden, 2 * action if algo == "sac" else action)
+    critic = [
         *run(pi),  # pi(s')
         *run(q, members=twins),  # Q'(s', pi(s'))
         *run(q, members=twins, back="weights"),  # Q(s, a)
-        *run(q, members=twins, back="inputs"),  # Q(s, pi(s))
+    ]
+    actor = [
+        *run(q, members=twins, back="inputs"),  # Q(s, pi(s)); of TD3's two one would do
         *run(pi, back="weights"),  # pi(s)
     ]
+    return [*critic, *critic, *actor] if algo == "td3" else [*critic, *actor]
 
 
 def products(
