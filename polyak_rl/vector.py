@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from polyak_rl.flat import Slot, flat_of
 from polyak_rl.pairing import Entry, Watch, is_sharded, match, shard_of, sharding, unwrap, walk
-from polyak_rl.target import Buffers, choose_policies
+from polyak_rl.plan import Buffers, choose_policies
 
 
 class WeightVector:
