@@ -8,7 +8,16 @@ import numpy as np
 
 from scripts import stats
 from scripts.stats import Floats, Interval
-from scripts.tidy import FEWEST, MANY_TIES, MARGIN, TIES, Stratum
+from scripts.tidy import (
+    BASE,
+    FEWEST,
+    MANY_TIES,
+    MARGIN,
+    NO_AVERAGES,
+    TIES,
+    Stratum,
+    present,
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,39 @@ def weigh(
         better=stats.share_interval(stats.improvement_probability(pooled), pooled.size),
         p=math.nan if pooled.size < FEWEST else stats.sign_flip_p(d, rng, statistic, resamples),
     )
+
+
+def choose(
+    stratum: Stratum, first: int, rng: np.random.Generator, resamples: int
+) -> tuple[str, Floats, Comparison] | None:
+    """The average that does best in the first runs, and what it does in all others.
+
+    Args:
+        stratum: Its runs are ordered by training seed.
+        first: So many runs choose; at least five others must be left to test.
+        rng: For the sign flips.
+        resamples: Sign flips.
+
+    Returns:
+        The scheme with the largest IQM of the paired differences in the first runs, that IQM, and
+        its comparison in the others; None where runs or schemes are too few.
+    """
+    order = sorted(
+        range(len(stratum.runs)), key=lambda i: (len(stratum.seeds[i]), stratum.seeds[i])
+    )
+    base = stratum.endpoint(BASE)
+    found = {}
+    for name in stratum.scores:
+        if name in NO_AVERAGES or name.startswith("line"):
+            continue
+        d = ((stratum.endpoint(name) - base) / stratum.span)[order]
+        if present(d[:first]).size and present(d[first:]).size >= FEWEST:
+            found[name] = float(stats.iqm(present(d[:first]))), present(d[first:])
+    if not found:
+        return None
+    best = max(found, key=lambda name: found[name][0])
+    there, others = found[best]
+    return best, np.array(there), weigh([stratum], [others], rng, resamples)
 
 
 def band(x: Floats, rng: np.random.Generator, value: float | None = None) -> Interval:

@@ -18,6 +18,7 @@ from scripts.stats import Floats
 
 COLUMNS = ("run", "env", "algo", "seed", "scheme", "step", "episode", "return")
 BASE = "last"
+NO_AVERAGES = (BASE, "best", "placebo")
 LAST_POINTS = 5  # the endpoint is the mean over these
 MARGIN = 0.02  # of the way from a random policy to the reference: smaller does not matter
 TIES = 0.25  # beyond this share of ties an IQM interval does not cover,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scripts import analysis, report, stats
-from scripts.tidy import COLUMNS, SCALES, read_results
+from scripts.tidy import COLUMNS, SCALES, Stratum, read_results
 
 LATE = ["suffix90", "suffix75", "suffix25", "suffix10", "ema0.1", "ema0.3", "ema3", "ema10"]
 LATE += ["power6.94", "power16.97", "lawa", "best", "placebo"]
@@ -199,6 +199,47 @@ def stripped(rows, runs=12, schemes=("last", "suffix50"), points=20):
 def first_sentence(folder, *options):
     report.main([str(folder), "--resamples", "500", *options])
     return (folder / "report.md").read_text().split("\n\n")[1]
+
+
+def test_an_average_chosen_on_some_seeds_is_judged_by_others_only():
+    seeds = [str(seed) for seed in (10, 2, 11, 1, 12, 3, 9, 20, 21)]  # 1, 2 and 3 choose
+    first = np.isin(seeds, ["1", "2", "3"])
+    wobble = np.arange(9.0) / 100
+    scores = {
+        "last": np.zeros(9),
+        "lucky": np.where(first, 60.0, -40.0) + wobble,  # the best of the first, bad afterwards
+        "steady": np.full(9, 50.0) + wobble,
+        "best": np.full(9, 90.0),  # an oracle is no choice
+    }
+    stratum = Stratum(
+        "Walker2d-v5",
+        "sac",
+        "",
+        seeds,
+        seeds,
+        np.ones(1),
+        {n: x[:, None] for n, x in scores.items()},
+        {},
+    )
+    span = SCALES["Walker2d-v5"][1] - SCALES["Walker2d-v5"][0]
+    name, there, comparison = analysis.choose(stratum, 3, np.random.default_rng(0), 500)
+    assert name == "lucky"
+    assert there == pytest.approx(np.mean(60 + wobble[first]) / span)
+    assert comparison.runs == 6
+    assert comparison.losses == 6
+    assert comparison.mean.estimate == pytest.approx(np.mean(-40 + wobble[~first]) / span)
+    assert analysis.choose(stratum, 5, np.random.default_rng(0), 500) is None  # four are too few
+
+
+def test_the_choice_is_reported_where_it_is_asked_for(results, tmp_path, text):
+    assert "Chosen on some seeds" not in text
+    report.main([str(results), "--out", str(tmp_path), "--resamples", "500", "--choose-on", "5"])
+    _, section = (
+        (tmp_path / "report.md").read_text().split("## Chosen on some seeds, tested on others")
+    )
+    section = section.split("## ")[0]
+    assert row(section, "DQN CartPole-v1")[3] == "6"  # 11 finished, the first 5 chose
+    assert row(section, "DQN CartPole-v1")[-1] == "better, indicative"
 
 
 def test_an_unknown_environment_is_reported_raw_and_never_aggregated(tmp_path):
