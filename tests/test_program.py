@@ -92,8 +92,8 @@ def test_what_was_recorded_repeats_every_operation(name, seeds):
 
 @pytest.mark.parametrize("name", INDUCTOR)
 def test_a_compiled_step_is_the_same_to_rounding(name):
-    eager, eager_tags = trained(name, spoil={2, 5}, updates=7)
-    program, tags = trained(name, Program, spoil={2, 5}, updates=7)
+    eager, eager_tags = trained(name, seeds=2, spoil={2, 5}, updates=7)
+    program, tags = trained(name, Program, seeds=2, spoil={2, 5}, updates=7)
     assert_close(tensors(program), tensors(eager))
     finite = {tag: x for tag, x in eager_tags.items() if x.isfinite().all()}
     assert finite
