@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from tests.agent_cases import random_batch
 
 # torch's own, where Inductor is imported
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
+)
 
 SMALL = {"hidden": (16, 16), "batch_size": 8}
 CASES = {
@@ -90,6 +95,7 @@ def test_what_was_recorded_repeats_every_operation(name, seeds):
     assert_same(tags, eager_tags)
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", INDUCTOR)
 def test_a_compiled_step_is_the_same_to_rounding(name):
     eager, eager_tags = trained(name, seeds=2, spoil={2, 5}, updates=7)
@@ -181,6 +187,7 @@ def training(algo="dqn", env_id="CartPole-v1", agent_config=None, **options):
     return Training(algo, agent_config, run, (1,))
 
 
+@needs_compiler
 def test_a_compiled_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path):
     whole = training()
     first = training()
