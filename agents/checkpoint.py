@@ -421,7 +421,7 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
 
 def _require_fit(name: str, ours: Any, theirs: Any) -> None:
     """Raise ValueError where a saved value has not the form of the one it is to replace."""
-    if name.endswith("optimizer.state"):  # a new optimizer has no moments yet
+    if name.endswith("optimizer.state"):  # a new SGD has none yet
         return
     if isinstance(ours, Tensor):
         fits = _form(ours) == _form(theirs)

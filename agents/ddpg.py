@@ -10,7 +10,7 @@ https://arxiv.org/abs/1509.02971, Algorithm 1.
 | tau | `tau` |
 | N, exploration noise | `noise_std` |
 | R, replay buffer | the training loop's `Replay`, `buffer_size` |
-| y_i | `y` in `update` |
+| y_i | `y` in `learn` |
 
 Deviations, all shared with Stable-Baselines3, whose defaults these are:
 - the noise is Gaussian and uncorrelated: Fujimoto et al. 2018 (https://arxiv.org/abs/1802.09477)
@@ -142,7 +142,7 @@ class DDPG:
         return tags
 
     def learn(self, batch: Batch) -> dict[str, Tensor]:
-        """What of a gradient step can be one program: nothing is drawn or decided."""
+        """The gradient step without random draws, decisions and target updates."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma Q'(s', mu'(s')), and r alone where s' is terminal

@@ -10,7 +10,7 @@ van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461.
 | D, replay memory of N transitions | the training loop's `Replay`, `buffer_size` |
 | the network and the memory of images | `agents/pixels.py`, where observations are images |
 | epsilon, annealed linearly | `epsilon(step)` |
-| y_j | `y` in `update` |
+| y_j | `y` in `learn` |
 
 Deviations, all shared with Stable-Baselines3, whose defaults these are:
 - the Huber loss stands for the clipping of the error term: the same gradient, and a loss to show;
@@ -156,7 +156,7 @@ class DQN:
         return tags
 
     def learn(self, batch: Batch) -> dict[str, Tensor]:
-        """What of a gradient step can be one program: nothing is drawn or decided."""
+        """The gradient step without random draws, decisions and target updates."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma max_a' Q^(s', a'), and r alone where s' is terminal

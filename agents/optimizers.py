@@ -1,7 +1,7 @@
 """Adam for flat networks, and the optimizer of the value networks by name."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,17 +16,33 @@ class Adam(torch.optim.Adam):
     """torch's fused Adam over flat parameters, without the Python around its one kernel.
 
     State and checkpoints are those of `torch.optim.Adam(fused=True)`; of its options there is the
-    learning rate, a number or a tensor on the device.
+    learning rate, a number or a tensor on the device. The moments are there from the beginning and
+    stay where they are, also when a state is loaded.
     """
 
     def __init__(self, parameters: Sequence[FlatParameter], lr: float) -> None:
         super().__init__(parameters, lr=lr, fused=True)
-        for parameter in parameters:
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with moments of zero."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
             self.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; what it does not have is zero, as before the first step."""
+        own = dict(self.state)
+        super().load_state_dict(state_dict)
+        for parameter, state in own.items():
+            for name, tensor in state.items():
+                loaded = self.state[parameter].get(name)
+                tensor.zero_() if loaded is None else tensor.copy_(loaded)
+            self.state[parameter] = state
 
     def step(self, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
         """m <- m + (1 - b1) (g - m), v <- v + (1 - b2) (g^2 - v), p <- p - lr m^ / (sqrt(v^) + e).

@@ -2,9 +2,11 @@
 
 import gc
 import math
+import sysconfig
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,17 +30,20 @@ class Program:
     the same kernels, launched at once, whose results hold until the next call.
 
     The function may read and write tensors that it does not get as arguments (weights, moments,
-    targets); they are found by a rehearsal, after which they have their old values again. Where
-    they are moved or replaced later, the program is made anew. What the function reads as numbers
-    (a learning rate) stays what it was; it may not read a tensor's value, nor draw random numbers.
+    targets); they are found by a rehearsal, after which they have their old values again. Where one
+    of them moves, or is gone, the program is made anew; it does not notice that the function would
+    use another one while the old one is kept somewhere. Numbers are read once: a learning rate
+    stays what it was. The function may not write to its arguments, draw random numbers, or act on a
+    tensor's value.
 
     Args:
         step: Takes tensors, tuples of tensors, and plain values, for each of which it is recorded
-            separately; returns names and tensors.
+            separately, as for each form of the tensors; returns names and tensors.
         build: Makes the recorded graph callable on CPU; Inductor unless given.
 
     Raises:
-        RuntimeError: At the first call: `step` reads a value, or the compiler fails.
+        RuntimeError: At the first call: `step` draws random numbers, takes a tensor's value by
+            `item()` or as a condition, or the compiler fails.
     """
 
     def __init__(self, step: Step, build: Build | None = None) -> None:
@@ -57,7 +62,7 @@ class Program:
                 inputs += argument
             else:
                 key.append(argument)
-        key += [x.shape for x in inputs]
+        key += [(x.shape, x.stride(), x.dtype) for x in inputs]
         recorded = self._recorded.get(tuple(key))
         if recorded is None or not recorded.current():
             record = self._capture if inputs[0].is_cuda else self._trace
@@ -88,14 +93,15 @@ class Program:
     @torch.no_grad()
     def _capture(self, arguments: Sequence[Any], inputs: list[Tensor]) -> "_Recorded":
         """Capture the kernels in a CUDA graph that reads the inputs from places of its own."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
+        device = inputs[0].device  # not always the current one, on which a capture would be empty
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # where libraries set themselves up, before the capture
             rehearsal = _rehearse(self._step, arguments, inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         own = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             results = self._step(*_like(arguments, iter(own)))
         tensors = [*results.values()]
 
@@ -144,6 +150,8 @@ class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError("this cannot be one program: it draws random numbers")
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor) and (address := _address(x)) not in self._others:
                 if address not in self.memory:
@@ -227,7 +235,7 @@ def _like(arguments: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
 
 
 def require_compiler() -> None:
-    """Raise a ValueError where there is no C++ compiler that Inductor finds."""
+    """Raise a ValueError where Inductor finds no C++ compiler, or that no headers of Python."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # a second, for those who want it
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -235,6 +243,8 @@ def require_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         raise ValueError("compile needs a C++ compiler: install g++, or name one in CXX") from None
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise ValueError("compile needs Python's headers: install python3-dev or what it is called")
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Run:

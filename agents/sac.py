@@ -165,7 +165,7 @@ class SAC:
         return tags
 
     def learn(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
-        """What of a gradient step can be one program: nothing is drawn or decided.
+        """The gradient step without random draws, decisions and target updates.
 
         Args:
             batch: Transitions.
@@ -181,7 +181,7 @@ class SAC:
         alpha = log_alpha.exp()
         entropy_gap = (log_pi + self.target_entropy).mean(-1, keepdim=True)  # [S, 1]
         alpha_loss = -log_alpha * entropy_gap
-        torch.neg(entropy_gap, out=log_alpha.grad)
+        log_alpha.grad = torch.neg(entropy_gap, out=log_alpha.grad)
         bad = self.guard.found_inf("temperature", self.temperature_flat.grad_norm())
         self.temperature_optimizer.step(bad)
 

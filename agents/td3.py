@@ -124,7 +124,7 @@ class TD3:
         return tags
 
     def learn(self, batch: Batch, noise: Tensor, actors_turn: bool) -> dict[str, Tensor]:
-        """What of a gradient step can be one program: nothing is drawn or decided.
+        """The gradient step without random draws, decisions and target updates.
 
         Args:
             batch: Transitions.

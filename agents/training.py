@@ -93,8 +93,9 @@ class TrainConfig:
     device: str = "cpu"
     """where networks and replay buffer live, as torch names it"""
     compile: bool = False
-    """make the gradient step one program: on CPU compiled, which takes a C++ compiler and some ten
-    seconds and is the same to rounding; on CUDA a captured graph. For adam with a constant rate"""
+    """make the gradient step one program, for adam and a constant rate; its numbers are read once.
+    On CPU it is compiled, by a C++ compiler in some ten seconds, each step the same to rounding; on
+    CUDA it is a captured graph"""
 
 
 class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
@@ -169,8 +170,8 @@ def crossings(before: int, after: int, every: int) -> int:
 class Training:
     """A run of one algorithm on one environment, for several seeds at once.
 
-    A seed's run is the same, to the bit on CPU, whichever seeds run beside it (with `compile` to
-    rounding). Everything that changes from step to step is an attribute.
+    A seed's run is the same, to the bit on CPU, whichever seeds run beside it (not promised with
+    `compile`). Everything that changes from step to step is an attribute.
 
     Args:
         algo: A name of `agents.presets.ALGORITHMS`.
@@ -232,13 +233,13 @@ class Training:
         _check_vector_env(self.envs, self.autoreset, len(self.seeds) * config.n_envs)
 
         obs_dim, action_dim = self.interface.obs_dim, self.interface.action_dim
+        if config.compile and isinstance(obs_dim, tuple):
+            raise ValueError("compile is for vectors of observations, got images")
         agent_class, _ = ALGORITHMS[algo]
         self.agent: Agent = agent_class(
             obs_dim, action_dim, agent_config, self.seeds, self.device, config.total_steps
         )
         if config.compile:
-            if isinstance(obs_dim, tuple):
-                raise ValueError("compile is for vectors of observations, got images")
             self.agent.learn = Program(self.agent.learn)
         replay_class: Any = FrameReplay if isinstance(obs_dim, tuple) else Replay
         self.replay: Replay = replay_class(
@@ -311,6 +312,8 @@ class Training:
         if self.agent.config.tau_end is not None:
             for target in self.agent.targets.values():
                 target.tau = self._tau()
+        if self.config.compile:
+            self._require_as_recorded()
         if self.agent.guard.full:
             self.require_finite()
         self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays
@@ -468,6 +471,17 @@ class Training:
             return False
         self.episode_logged_at[member] = self.step
         return True
+
+    def _require_as_recorded(self) -> None:
+        """Raise RuntimeError where a program would go on with what has been changed."""
+        for optimizer, rate in self.rates:
+            for group in optimizer.param_groups:
+                if group["lr"] != rate:
+                    raise RuntimeError(
+                        f"compile needs a constant learning rate: it was {rate}, now {group['lr']}"
+                    )
+                for parameter in group["params"]:
+                    assert parameter.grad is not None  # raises where the network was changed
 
     def _tau(self) -> float:
         """The weight in the next update of a soft target: on a line from `tau` to `tau_end`."""

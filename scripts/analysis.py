@@ -133,7 +133,7 @@ def choose(
 
     Args:
         stratum: Its runs are ordered by training seed.
-        first: So many runs choose; at least five others must be left to test.
+        first: So many runs choose, 1 or more; at least five others must be left to test.
         rng: For the sign flips.
         resamples: Sign flips.
 
@@ -145,12 +145,13 @@ def choose(
         range(len(stratum.runs)), key=lambda i: (len(stratum.seeds[i]), stratum.seeds[i])
     )
     base = stratum.endpoint(BASE)
+    finished = present(base[order[:first]]).size
     found = {}
     for name in stratum.scores:
         if name in NO_AVERAGES or name.startswith("line"):
             continue
         d = ((stratum.endpoint(name) - base) / stratum.span)[order]
-        if present(d[:first]).size and present(d[first:]).size >= FEWEST:
+        if present(d[:first]).size == finished > 0 and present(d[first:]).size >= FEWEST:
             found[name] = float(stats.iqm(present(d[:first]))), present(d[first:])
     if not found:
         return None

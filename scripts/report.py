@@ -197,6 +197,8 @@ def write_report(options: Options) -> Path:
             f"expected finished runs with the schemes {BASE} and {options.primary} (--primary) and"
             f" without a variant, got {len(main)} such environments with the schemes {schemes}"
         )
+    if options.choose_on is not None and options.choose_on < 1:
+        raise ValueError(f"choose_on must be at least 1, got {options.choose_on}")
     first = options.results[0]
     out = options.out or (first if first.is_dir() else first.parent)
     page = Page("Does averaging the policy's weights help?", out)
@@ -483,7 +485,7 @@ class Report:
             [
                 "",
                 "chosen",
-                "difference there, IQM",
+                "difference, those that choose",
                 "runs that test",
                 "difference, IQM",
                 "difference, mean",
@@ -505,7 +507,7 @@ class Report:
             ],
         )
         page.text(
-            f"The first {first} training seeds of each environment choose the average with the"
+            f"The first {first} runs of each environment, by seed, choose the average with the"
             " largest interquartile mean of its differences from last; what the others say of it"
             " owes nothing to that choice. p-values by sign flips, adjusted by Holm's method."
         )

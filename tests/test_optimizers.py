@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_adams_state_is_torchs_both_ways():
     )
     train(ours, adam, 5)
     train(theirs, torchs, 5)
-    states = adam.state_dict(), torchs.state_dict()
+    states = copy.deepcopy((adam.state_dict(), torchs.state_dict()))  # they are live otherwise
     adam.load_state_dict(states[1])
     torchs.load_state_dict(states[0])
     train(ours, adam, 5, first=5)

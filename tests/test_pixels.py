@@ -382,6 +382,12 @@ def test_transitions_of_vector_environments_end_where_their_episodes_do(mode):
     assert torch.equal(batch.reward != 0, after[..., 1] == 5)
 
 
+def test_images_cannot_be_compiled():
+    config = TrainConfig("test/Catch-v0", 300, compile=True)
+    with pytest.raises(ValueError, match="compile is for vectors of observations, got images"):
+        Training("dqn", CONFIG, config)
+
+
 def test_dqn_learns_to_catch():
     config = TrainConfig("test/Catch-v0", 2_000, eval_every=2_000, eval_episodes=100)
     training = Training("dqn", CONFIG, config)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 import shutil
@@ -36,9 +37,19 @@ INDUCTOR = [
 ]
 
 
-def as_recorded(graph, inputs):
-    """The operations as they were recorded, compiled by nobody."""
-    return graph
+def recording(builds):
+    """Programs that repeat the operations as they were recorded, compiled by nobody."""
+
+    def build(graph, inputs):
+        builds.append(graph)
+        return graph
+
+    return lambda step: Program(step, build)
+
+
+def programs_of(name):
+    """How many programs an agent needs: TD3's actor takes a step at every second one only."""
+    return 2 if name == "td3" else 1
 
 
 def batch_of(name, seeds, k, device="cpu"):
@@ -90,7 +101,9 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_recorded_repeats_every_operation(name, seeds):
     eager, eager_tags = trained(name, seeds=seeds)
-    program, tags = trained(name, lambda step: Program(step, as_recorded), seeds)
+    builds = []
+    program, tags = trained(name, recording(builds), seeds)
+    assert len(builds) == programs_of(name)
     assert_same(tensors(program), tensors(eager))
     assert_same(tags, eager_tags)
 
@@ -100,6 +113,7 @@ def test_what_was_recorded_repeats_every_operation(name, seeds):
 def test_a_compiled_step_is_the_same_to_rounding(name):
     eager, eager_tags = trained(name, seeds=2, spoil={2, 5}, updates=7)
     program, tags = trained(name, Program, seeds=2, spoil={2, 5}, updates=7)
+    assert len(program.learn._recorded) == programs_of(name)
     assert_close(tensors(program), tensors(eager))
     finite = {tag: x for tag, x in eager_tags.items() if x.isfinite().all()}
     assert finite
@@ -110,7 +124,7 @@ def test_a_compiled_step_is_the_same_to_rounding(name):
 @pytest.mark.parametrize("name", CASES)
 def test_bad_numbers_do_not_reach_the_weights_of_a_program_and_are_named(name):
     eager, _ = trained(name, spoil={0, 4, 5})
-    program, _ = trained(name, lambda step: Program(step, as_recorded), spoil={0, 4, 5})
+    program, _ = trained(name, recording([]), spoil={0, 4, 5})
     assert all(x.isfinite().all() for x in tensors(program).values())
     assert_same(tensors(program), tensors(eager))
     bad = program.guard.read()
@@ -119,20 +133,44 @@ def test_bad_numbers_do_not_reach_the_weights_of_a_program_and_are_named(name):
 
 
 def test_a_program_is_made_anew_where_what_it_writes_to_was_replaced():
-    agent, _ = trained("ddpg", lambda step: Program(step, as_recorded))
+    builds = []
+    agent, _ = trained("ddpg", recording(builds))
     other, _ = trained("ddpg")
     for one in (agent, other):
-        for optimizer in one.optimizers:
-            optimizer.load_state_dict(optimizer.state_dict())  # new tensors
-        one.update(batch_of("ddpg", 1, 50))
+        for parameter in one.critic_target.module.parameters():
+            parameter.data = 2 * parameter.data
+        for k in (50, 51, 52):
+            one.update(batch_of("ddpg", 1, k))
+    assert len(builds) == 3  # also for the flat memory to which the target's update brings them
     assert_same(tensors(agent), tensors(other))
 
 
-def test_a_batch_of_another_size_is_another_program():
-    agent, _ = trained("dqn", lambda step: Program(step, as_recorded))
-    other, _ = trained("dqn")
+def test_loaded_moments_are_those_that_a_program_goes_on_with():
+    builds = []
+    agent, _ = trained("ddpg", recording(builds))
+    other, _ = trained("ddpg")
     for one in (agent, other):
-        one.update(random_batch(5, 4, 2, discrete=True, seed=1))
+        kept = [copy.deepcopy(optimizer.state_dict()) for optimizer in one.optimizers]
+        one.update(batch_of("ddpg", 1, 50))
+        for optimizer, state in zip(one.optimizers, kept, strict=True):
+            optimizer.load_state_dict(state)
+        one.update(batch_of("ddpg", 1, 51))
+        assert kept[0]["state"][0]["step"] == 9  # and the state is not written to
+    assert len(builds) == 1
+    assert_same(tensors(agent), tensors(other))
+
+
+def test_a_batch_of_another_form_is_another_program():
+    builds = []
+    agent, _ = trained("dqn", recording(builds))
+    other, _ = trained("dqn")
+    batch = random_batch(5, 4, 2, discrete=True, seed=1)
+    whole = batch._replace(action=batch.action.long())
+    turned = batch._replace(obs=batch.obs.mT.contiguous().mT)
+    for one in (agent, other):
+        for form in (batch, whole, turned):
+            one.update(form)
+    assert len(builds) == 4
     assert_same(tensors(agent), tensors(other))
 
 
@@ -157,8 +195,14 @@ def test_a_step_that_reads_a_value_is_refused():
         return {"x": x + weight}
 
     with pytest.raises(RuntimeError, match="this cannot be one program: it reads a tensor's value"):
-        Program(step, as_recorded)(torch.ones(3))
+        Program(step)(torch.ones(3))
     assert torch.equal(weight, torch.ones(3))
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_a_step_that_draws_is_refused(generator):
+    with pytest.raises(RuntimeError, match="cannot be one program: it draws random numbers"):
+        Program(lambda x: {"x": x + torch.rand(3, generator=generator)})(torch.ones(3))
 
 
 def test_views_of_one_memory_are_written_in_order():
@@ -169,16 +213,18 @@ def test_views_of_one_memory_are_written_in_order():
         memory.view(2, 3)[:, 1].mul_(memory[3])
         return {"head": memory[:2].clone(), "sum": memory.sum()}
 
-    program = Program(step, as_recorded)
-    copy = torch.zeros(6)
+    builds = []
+    program = recording(builds)(step)
+    expected = torch.zeros(6)
     for k in range(3):
         x = torch.arange(3.0) + k
         tags = program(x)
-        copy[1:4] += x
-        copy.view(2, 3)[:, 1] *= copy[3].clone()
-        assert torch.equal(memory, copy)
-        assert torch.equal(tags["head"], copy[:2])
-        assert tags["sum"] == copy.sum()
+        expected[1:4] += x
+        expected.view(2, 3)[:, 1] *= expected[3].clone()
+        assert torch.equal(memory, expected)
+        assert torch.equal(tags["head"], expected[:2])
+        assert tags["sum"] == expected.sum()
+    assert len(builds) == 1
 
 
 def training(algo="dqn", env_id="CartPole-v1", agent_config=None, **options):
@@ -199,6 +245,8 @@ def test_a_compiled_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path):
     restore(newest(tmp_path)[0], second)
     whole.run()
     second.run()
+    for one in (whole, first, second):
+        assert len(one.agent.learn._recorded) == 1
     assert_same(tensors(second.agent), tensors(whole.agent))
     assert (second.evaluations["last"].returns == whole.evaluations["last"].returns).all()
     for one in (whole, first, second):
@@ -217,6 +265,29 @@ def test_what_a_program_cannot_do_is_refused(agent_config, options, message):
         training(agent_config=agent_config, **options)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda agent: agent.optimizer.param_groups[0].update(lr=0.1), "constant learning rate"),
+        (lambda agent: agent.q.requires_grad_(False), "was frozen or unfrozen after flatten_"),
+        (lambda agent: agent.q.double(), "has left this flat buffer"),
+    ],
+)
+def test_what_a_program_would_not_notice_is_refused_at_the_next_step(change, message):
+    one = training()
+    change(one.agent)
+    with pytest.raises(RuntimeError, match=message):
+        one.gradient_step(random_batch(32, 4, 2, discrete=True, seed=1))
+    one.close()
+
+
+def test_missing_headers_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(ValueError, match="compile needs Python's headers"):
+        training()
+
+
 def test_a_missing_compiler_is_named_before_anything_begins(monkeypatch):
     from torch._inductor import cpp_builder, exc
 
@@ -232,8 +303,9 @@ def test_a_missing_compiler_is_named_before_anything_begins(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CASES)
 def test_a_captured_graph_launches_the_same_kernels(name):
-    eager, eager_tags = trained(name, seeds=2, device="cuda")
-    program, tags = trained(name, Program, seeds=2, device="cuda")
+    eager, eager_tags = trained(name, seeds=2, device="cuda", spoil={2, 5})
+    program, tags = trained(name, Program, seeds=2, device="cuda", spoil={2, 5})
+    assert len(program.learn._recorded) == programs_of(name)
     assert_close(tensors(program), tensors(eager))
     assert_close(tags, eager_tags)
 
