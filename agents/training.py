@@ -296,6 +296,8 @@ class Training:
         before = self.step
         self._interact()
         if due := self._updates_due(before, self.step):
+            if self.config.compile:
+                self._require_as_recorded()
             batch_size = self.agent.config.batch_size
             for batch in self.replay.batches(batch_size, self.sampling, due):
                 self.gradient_step(batch)
@@ -312,8 +314,6 @@ class Training:
         if self.agent.config.tau_end is not None:
             for target in self.agent.targets.values():
                 target.tau = self._tau()
-        if self.config.compile:
-            self._require_as_recorded()
         if self.agent.guard.full:
             self.require_finite()
         self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays

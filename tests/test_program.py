@@ -271,14 +271,20 @@ def test_what_a_program_cannot_do_is_refused(agent_config, options, message):
     [
         (lambda agent: agent.optimizer.param_groups[0].update(lr=0.1), "constant learning rate"),
         (lambda agent: agent.q.requires_grad_(False), "was frozen or unfrozen after flatten_"),
-        (lambda agent: agent.q.double(), "has left this flat buffer"),
+        (
+            lambda agent: agent.q.load_state_dict(copy.deepcopy(agent.q.state_dict()), assign=True),
+            "has left this flat buffer",
+        ),
     ],
 )
-def test_what_a_program_would_not_notice_is_refused_at_the_next_step(change, message):
+def test_what_a_program_would_not_notice_is_refused_before_the_next_round(change, message):
     one = training()
+    while one.updates < 1:
+        one.advance()
     change(one.agent)
     with pytest.raises(RuntimeError, match=message):
-        one.gradient_step(random_batch(32, 4, 2, discrete=True, seed=1))
+        one.advance()
+    assert one.updates == 1
     one.close()
 
 
