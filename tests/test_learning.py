@@ -14,10 +14,11 @@ from agents.training import TrainConfig, Training
 pytestmark = pytest.mark.full
 
 
-def trained(algo, env_id, seeds):
+def trained(algo, env_id, seeds, compile=False):
     """The run, and the mean return of each evaluation [points, S]."""
     config, total_steps = preset(algo, env_id)
-    training = Training(algo, config, TrainConfig(env_id, total_steps), seeds)
+    run = TrainConfig(env_id, total_steps, compile=compile)
+    training = Training(algo, config, run, seeds)
     curve = []
     while training.step < total_steps:
         before = training.evaluated_at
@@ -33,9 +34,12 @@ def test_dqn_touches_the_ceiling_of_cartpole_late_in_the_run():
     assert np.count_nonzero(late >= 475) >= 4, late
 
 
-@pytest.mark.parametrize("algo", ["ddpg", "sac", "td3"])
-def test_pendulum_is_swung_up_and_held(algo):
-    training, _ = trained(algo, "Pendulum-v1", (1,))
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(
+    ("algo", "compile"), [("ddpg", False), ("ddpg", True), ("sac", False), ("td3", False)]
+)
+def test_pendulum_is_swung_up_and_held(algo, compile):
+    training, _ = trained(algo, "Pendulum-v1", (1,), compile)
     starts = evaluation_seeds("Pendulum-v1", 1, 200, Purpose.POSTHOC)[None]
     last = {"last": dict(training.agent.policy.named_parameters())}
     assert training.play(last, starts)["last"].returns.mean() >= -175
