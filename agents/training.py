@@ -196,6 +196,7 @@ class Training:
         NonFiniteError: While it runs: an observation, a reward, a loss or a gradient is not finite.
             Weights, targets and averages have not taken it in.
         EnvironmentFault: While it runs: an environment made here raised or broke its spaces.
+        RuntimeError: While it runs with `compile`: a learning rate or a network was changed.
     """
 
     def __init__(
@@ -481,7 +482,7 @@ class Training:
                         f"compile needs a constant learning rate: it was {rate}, now {group['lr']}"
                     )
                 for parameter in group["params"]:
-                    assert parameter.grad is not None  # raises where the network was changed
+                    _ = parameter.grad  # raises where the network was changed
 
     def _tau(self) -> float:
         """The weight in the next update of a soft target: on a line from `tau` to `tau_end`."""
