@@ -55,7 +55,7 @@ class Guard:
         self._rows = self.flags.unbind(0)
         # Of the gradient step under way, at one place, so that a step can be one program.
         self._now = torch.zeros(len(networks), members, device=device)
-        self._flags_now = dict(zip(networks, self._now, strict=True))
+        self._flags_now: dict[str, Tensor] = dict(zip(networks, self._now, strict=True))
 
     @property
     def full(self) -> bool:
@@ -73,8 +73,7 @@ class Guard:
         if len(norm) > len(flag):
             norm = norm.view(len(flag), -1).sum(-1)
         torch.logical_not(norm < math.inf, out=flag)  # False for NaN too
-        any_seed: Tensor = flag.amax()
-        return any_seed
+        return flag.amax()
 
     def count(self, env_step: int) -> None:
         """Count a gradient step that was begun after `env_step` environment steps."""

@@ -128,7 +128,7 @@ def weigh(
 
 def choose(
     stratum: Stratum, first: int, rng: np.random.Generator, resamples: int
-) -> tuple[str, Floats, Comparison] | None:
+) -> tuple[str, float, Comparison] | None:
     """The average that does best in the first runs, and what it does in all others.
 
     Args:
@@ -144,20 +144,20 @@ def choose(
     order = sorted(
         range(len(stratum.runs)), key=lambda i: (len(stratum.seeds[i]), stratum.seeds[i])
     )
-    base = stratum.endpoint(BASE)
-    finished = present(base[order[:first]]).size
+    finished = present(stratum.endpoint(BASE)[order[:first]]).size
     found = {}
     for name in stratum.scores:
         if name in NO_AVERAGES or name.startswith("line"):
             continue
-        d = ((stratum.endpoint(name) - base) / stratum.span)[order]
-        if present(d[:first]).size == finished > 0 and present(d[first:]).size >= FEWEST:
-            found[name] = float(stats.iqm(present(d[:first]))), present(d[first:])
+        d = stratum.gain(name)[order]
+        choosing, testing = present(d[:first]), present(d[first:])
+        if choosing.size == finished > 0 and testing.size >= FEWEST:
+            found[name] = float(stats.iqm(choosing)), testing
     if not found:
         return None
     best = max(found, key=lambda name: found[name][0])
-    there, others = found[best]
-    return best, np.array(there), weigh([stratum], [others], rng, resamples)
+    there, testing = found[best]
+    return best, there, weigh([stratum], [testing], rng, resamples)
 
 
 def band(x: Floats, rng: np.random.Generator, value: float | None = None) -> Interval:

@@ -97,8 +97,7 @@ class Options:
 
 
 TWIN, NARROW, CONV = "twin critic 256x256", "three-layer 64-unit net", "160 conv tensors"
-SAC_STEP, DDPG_STEP = "SAC gradient step", "DDPG gradient step"
-TD3_STEP = "TD3 gradient step"
+SAC_STEP, DDPG_STEP, TD3_STEP = "SAC gradient step", "DDPG gradient step", "TD3 gradient step"
 DQN64_STEP, DQN256_STEP = "DQN gradient step, 64 units", "DQN gradient step, 256x256"
 SAC_LOOP, DQN_LOOP = "SAC on HalfCheetah-v5", "DQN on CartPole-v1"
 SEEDS64, SEEDS256 = "DQN on CartPole-v1, 64 units", "DQN on CartPole-v1, 256x256"
@@ -133,6 +132,7 @@ GOALS = (
         for step, title in (
             ("SAC step", SAC_STEP),
             ("DDPG step", DDPG_STEP),
+            ("TD3 step", TD3_STEP),
             ("DQN step, 64 units", DQN64_STEP),
             ("DQN step, 256x256", DQN256_STEP),
             ("SAC whole loop", SAC_LOOP),
@@ -271,12 +271,14 @@ def steps(bench: Bench, options: Options) -> None:
 
 def ours(options: Options) -> list[str]:
     """In which ways this project's gradient steps are measured."""
+    if not options.compile:
+        return [OURS]
     try:
         if options.device == "cpu":
             require_compiler()
     except ValueError:
         return [OURS]
-    return [OURS, COMPILED] if options.compile else [OURS]
+    return [OURS, COMPILED]
 
 
 def learn(training: Training, count: int = 1) -> None:

@@ -126,7 +126,11 @@ class Stratum:
 
     def difference(self, scheme: str) -> Floats:
         """Paired, normalised endpoint differences from last, of the runs that have both, [n]."""
-        return present((self.endpoint(scheme) - self.endpoint(BASE)) / self.span)
+        return present(self.gain(scheme))
+
+    def gain(self, scheme: str) -> Floats:
+        """The same of every run, [N]; NaN where it lacks one of them."""
+        return (self.endpoint(scheme) - self.endpoint(BASE)) / self.span
 
     def by_seed(self, scheme: str) -> dict[str, float]:
         """Normalised endpoints by training seed, to pair the runs of two variants."""
