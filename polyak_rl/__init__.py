@@ -3,7 +3,18 @@
 from polyak_rl.average import AverageBank, refresh_batch_norm
 from polyak_rl.flat import Flat, FlatParameter, flatten_
 from polyak_rl.optim import ASGD, PolyakSGD, polyak_stepsize
-from polyak_rl.rules import Ema, Hard, Polynomial, Power, Rule, Tail, Uniform, Window, parse_rule
+from polyak_rl.rules import (
+    Between,
+    Ema,
+    Hard,
+    Polynomial,
+    Power,
+    Rule,
+    Tail,
+    Uniform,
+    Window,
+    parse_rule,
+)
 from polyak_rl.solver import PolyakSGDSolver
 from polyak_rl.target import TargetNetwork, hard_update, soft_update, weighted_average
 from polyak_rl.timeline import Timeline
@@ -11,6 +22,7 @@ from polyak_rl.timeline import Timeline
 __all__ = [
     "ASGD",
     "AverageBank",
+    "Between",
     "Ema",
     "Flat",
     "FlatParameter",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from polyak_rl.guard import Guard, all_finite, check_guard
 from polyak_rl.plan import Buffers
-from polyak_rl.rules import Rule, Tail, Window, describe_rule, require_int
+from polyak_rl.rules import Rule, Stretch, Window, describe_rule, require_int
 from polyak_rl.vector import Averages, WeightVector, require_online
 
 _BLOCK = 32  # iterates that are taken in by one matrix product
@@ -30,7 +30,8 @@ class AverageBank(Averages[str]):
 
     Args:
         module: the network that acts (DQN: Q network, DDPG and SAC: actor).
-        rules: the averages by name. A ``Tail`` is refused: only a ``Timeline`` can give it.
+        rules: the averages by name. ``Tail`` and ``Between`` are refused: only a ``Timeline``
+            can give them.
         every: :meth:`update` takes an iterate at its N-th, 2N-th, 3N-th call.
         buffers: buffers such as batch-norm statistics are those of the network when an average is
             used (``"copy"``, ``"keep"`` leaves the destination's alone) or averaged too
@@ -46,7 +47,7 @@ class AverageBank(Averages[str]):
         skipped: the calls that the guard left out.
 
     Raises:
-        ValueError: no rules, a ``Tail``, or an argument out of range.
+        ValueError: no rules, a ``Tail`` or ``Between``, or an argument out of range.
         TypeError: the network is no module, or a rule no rule.
 
     Example:
@@ -84,9 +85,10 @@ class AverageBank(Averages[str]):
         for name, rule in rules.items():
             if not isinstance(rule, Rule):
                 raise TypeError(f"the rule of {name!r} must be a Rule, got {type(rule).__name__}")
-            if isinstance(rule, Tail):
+            if isinstance(rule, Stretch):
                 raise ValueError(
-                    f"{name!r} is a Tail, which needs the whole run: record a Timeline instead"
+                    f"{name!r} is a {type(rule).__name__}, which needs the whole run: "
+                    "record a Timeline instead"
                 )
         require_int(every, 1, "every")
         self.rules = dict(rules)

@@ -160,12 +160,47 @@ class Uniform(Rule):
         return max(0, j - first) / (k - first)
 
 
+class Stretch(Rule):
+    """The uniform average of a stretch of the run so far; only a timeline can give it.
+
+    It depends on where the run ends, so no recursion gives it.
+    """
+
+    def first(self, k: int) -> int:
+        """How many iterates are left out before it, after k updates."""
+        raise NotImplementedError
+
+    def last(self, k: int) -> int:
+        """The last iterate in it, after k updates."""
+        return k
+
+    def gain(self, k: int, every: int = 1) -> float:
+        """There is none; raises ValueError."""
+        raise ValueError(
+            f"{type(self).__name__} needs the whole run: record a Timeline and ask it for the "
+            "average"
+        )
+
+    def weight(self, j: int, k: int, every: int = 1) -> float:
+        """The same for every iterate of the stretch."""
+        first, last = self.first(k), self.last(k)
+        return 1.0 / (last - first) if first < j <= last else 0.0
+
+    def share(self, j: int, k: int, every: int = 1) -> float:
+        """The part of the stretch that is among the first j iterates."""
+        first, last = self.first(k), self.last(k)
+        return (min(max(j, first), last) - first) / (last - first)
+
+    def falls(self, k: int, every: int = 1) -> list[int]:
+        """The last iterate of the stretch."""
+        return [self.last(k)]
+
+
 @dataclass(frozen=True)
-class Tail(Rule):
+class Tail(Stretch):
     """The uniform average of the last fraction of the run so far, whenever it is asked for.
 
     After k updates it is the mean of iterates ``ceil((1 - fraction) k) + 1 .. k``, at least one.
-    It depends on where the run ends, so no recursion gives it: ask the timeline.
 
     Args:
         fraction: in (0, 1]; 0.5 is the second half of the run.
@@ -182,24 +217,48 @@ class Tail(Rule):
 
     @cached_property
     def _left_out(self) -> Fraction:
-        # 0.3 means three tenths, not the double beside it: ceil must not see the difference.
-        return 1 - Fraction(self.fraction).limit_denominator(10**6)
+        return 1 - _decimal(self.fraction)
 
     def first(self, k: int) -> int:
-        """How many iterates are left out after k updates."""
+        """``ceil((1 - fraction) k)``, below k."""
         return min(math.ceil(self._left_out * k), k - 1)
 
-    def gain(self, k: int, every: int = 1) -> float:
-        """There is none; raises ValueError."""
-        raise ValueError("Tail needs the whole run: record a Timeline and ask it for the average")
 
-    def weight(self, j: int, k: int, every: int = 1) -> float:
-        """The same for every iterate of the tail."""
-        return 1.0 / (k - self.first(k)) if j > self.first(k) else 0.0
+@dataclass(frozen=True)
+class Between(Stretch):
+    """The uniform average between two points of the run so far, given as fractions of it.
 
-    def share(self, j: int, k: int, every: int = 1) -> float:
-        """The part of the tail that is among the first j iterates."""
-        return max(0, j - self.first(k)) / (k - self.first(k))
+    After k updates it is the mean of iterates ``ceil(start k) + 1 .. ceil(end k)``, at least one:
+    the policy as it was around a point of the past, like a checkpoint from there but without its
+    noise. ``Between(1 - f, 1)`` is ``Tail(f)``.
+
+    Args:
+        start: in [0, 1), below end.
+        end: in (0, 1].
+
+    Example:
+        >>> Between(0.25, 0.75).weights(4)
+        [0.0, 0.5, 0.5, 0.0]
+    """
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        inside = 0 <= self.start < self.end <= 1
+        _require(inside, "Between's 0 <= start < end <= 1 must hold", (self.start, self.end))
+
+    @cached_property
+    def _ends(self) -> tuple[Fraction, Fraction]:
+        return _decimal(self.start), _decimal(self.end)
+
+    def first(self, k: int) -> int:
+        """``ceil(start k)``, below k."""
+        return min(math.ceil(self._ends[0] * k), k - 1)
+
+    def last(self, k: int) -> int:
+        """``ceil(end k)``, after the first."""
+        return max(self.first(k) + 1, math.ceil(self._ends[1] * k))
 
 
 @dataclass(frozen=True)
@@ -394,7 +453,8 @@ class Hard(Rule):
 
 
 RULES: dict[str, type[Rule]] = {
-    rule.__name__.lower(): rule for rule in (Ema, Uniform, Tail, Polynomial, Power, Window, Hard)
+    rule.__name__.lower(): rule
+    for rule in (Ema, Uniform, Tail, Between, Polynomial, Power, Window, Hard)
 }
 
 
@@ -448,6 +508,11 @@ def _value(text: str, value: str) -> bool | float:
         return int(value) if value.lstrip("-").isdigit() else float(value)
     except ValueError:
         raise ValueError(f"{text!r}: {value!r} is not a number") from None
+
+
+def _decimal(fraction: float) -> Fraction:
+    # 0.3 means three tenths, not the double beside it: ceil must not see the difference.
+    return Fraction(fraction).limit_denominator(10**6)
 
 
 def _gamma(sigma_rel: float) -> float:

@@ -46,7 +46,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak_rl.average import AverageBank
 from polyak_rl.pairing import unwrap, walk
-from polyak_rl.rules import Ema, Rule, Tail, Uniform, describe_rule, rule_from
+from polyak_rl.rules import Ema, Rule, Stretch, Tail, Uniform, describe_rule, rule_from
 from polyak_rl.target import soft_update
 from polyak_rl.timeline import Timeline
 
@@ -97,7 +97,7 @@ class PolicyAverages:
 
     Args:
         network: what is averaged; it is only read.
-        rules: the averages by name; a ``Tail`` is answered by the timeline.
+        rules: the averages by name; ``Tail`` and ``Between`` are answered by the timeline.
         timeline: record the course of the weights.
         capacity: the segments of the timeline; None: 256, or as many as 1 GiB holds.
         every: an iterate is taken at every N-th gradient step.
@@ -108,7 +108,7 @@ class PolicyAverages:
         clock: gradient steps seen.
 
     Raises:
-        ValueError: a ``Tail`` without timeline, no rules and no timeline, or what
+        ValueError: a ``Tail`` or ``Between`` without timeline, no rules and no timeline, or what
             :class:`polyak_rl.AverageBank` and :class:`polyak_rl.Timeline` refuse.
 
     Example:
@@ -135,12 +135,13 @@ class PolicyAverages:
         capacity: int | None = None,
         every: int = 1,
     ) -> None:
-        tails = [name for name, rule in rules.items() if isinstance(rule, Tail)]
-        if tails and not timeline:
-            raise ValueError(f"{tails[0]!r} is a Tail, which needs timeline=True")
+        stretches = [name for name, rule in rules.items() if isinstance(rule, Stretch)]
+        if stretches and not timeline:
+            first = f"{stretches[0]!r} is a {type(rules[stretches[0]]).__name__}"
+            raise ValueError(f"{first}, which needs timeline=True")
         if not rules and not timeline:
             raise ValueError("nothing to average: give rules or timeline=True")
-        moving = {name: rule for name, rule in rules.items() if name not in tails}
+        moving = {name: rule for name, rule in rules.items() if name not in stretches}
         self.network = network
         self.rules = dict(rules)
         self.every = every
@@ -177,7 +178,7 @@ class PolicyAverages:
             )
         if self.clock < self.every:
             return nullcontext(self.network)
-        if isinstance(which, str) and not isinstance(rule, Tail) and self.bank is not None:
+        if isinstance(which, str) and not isinstance(rule, Stretch) and self.bank is not None:
             return self.bank.applied(which)
         if self.timeline is None:
             raise ValueError(f"{rule} was not recorded: name it in rules, or use timeline=True")
@@ -240,8 +241,8 @@ class PolyakAveragingCallback(BaseCallback):
         rules: the averages by name; by default uniform over all iterates (``"uniform"``), uniform
             over the last half of the run so far (``"tail50"``), and exponential with a half-life of
             1000 gradient steps (``"ema"``).
-        timeline: record the whole course of the weights, which answers for ``Tail`` and for rules
-            chosen afterwards. It takes ``8 * capacity`` bytes a weight.
+        timeline: record the whole course of the weights, which answers for ``Tail``, ``Between`` and
+            rules chosen afterwards. It takes ``8 * capacity`` bytes a weight.
         capacity: the segments of the timeline; None: 256, or as many as 1 GiB holds.
         every: take an iterate at every N-th gradient step.
 

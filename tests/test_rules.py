@@ -1,9 +1,10 @@
 import math
 from dataclasses import fields
+from fractions import Fraction
 
 import pytest
 
-from polyak_rl import Ema, Hard, Polynomial, Power, Tail, Uniform, Window, parse_rule
+from polyak_rl import Between, Ema, Hard, Polynomial, Power, Tail, Uniform, Window, parse_rule
 from polyak_rl.rules import RULES, describe_rule, rule_from
 
 MOVING = [
@@ -19,7 +20,16 @@ MOVING = [
     Power(sigma_rel=0.1),
     Hard(every=4),
 ]
-EVERY_RULE = [*MOVING, Tail(0.3), Tail(1.0), Window(3, 5), Window(2, 1), Window(4, 30)]
+EVERY_RULE = [
+    *MOVING,
+    Tail(0.3),
+    Tail(1.0),
+    Between(0.2, 0.55),
+    Between(0, 1),
+    Window(3, 5),
+    Window(2, 1),
+    Window(4, 30),
+]
 
 
 @pytest.mark.parametrize("rule", MOVING, ids=str)
@@ -107,6 +117,20 @@ def test_tail_means_the_decimal_fraction_and_not_the_double_beside_it():
             assert Tail(tenths / 10).first(k) == min(-(-(10 - tenths) * k // 10), k - 1)
 
 
+def test_between_ends_where_a_tail_begins_and_two_tails_give_it():
+    for k in range(1, 400):
+        for a, b in ((0, 0.3), (0.55, 0.6), (0.7, 1)):
+            rule = Between(a, b)
+            assert rule.first(k) == min(math.ceil(Fraction(str(a)) * k), k - 1)
+            assert rule.last(k) == max(rule.first(k) + 1, math.ceil(Fraction(str(b)) * k))
+        assert Between(0.75, 1).weights(k) == Tail(0.25).weights(k)
+    longer, shorter, between = (
+        rule.weights(200) for rule in (Tail(0.3), Tail(0.25), Between(0.7, 0.75))
+    )
+    windows = [(60 * x - 50 * y) / 10 for x, y in zip(longer, shorter, strict=True)]
+    assert between == pytest.approx(windows)
+
+
 def test_window_takes_the_last_snapshots_only():
     assert Window(size=5, every=10).snapshots(100) == [60, 70, 80, 90, 100]
     assert Window(size=5, every=10).snapshots(17, every=7) == [10, 12, 13, 15, 16]  # 16 * 7 >= 110
@@ -133,6 +157,10 @@ def test_window_lists_the_updates_that_fire(every):
         (lambda: Uniform(start=2.5), "whole number"),
         (lambda: Tail(0.0), r"\(0, 1\], got 0.0"),
         (lambda: Tail(1.5), r"\(0, 1\], got 1.5"),
+        (lambda: Between(0.5, 0.5), r"must hold, got \(0.5, 0.5\)"),
+        (lambda: Between(-0.1, 0.5), "must hold"),
+        (lambda: Between(0.5, math.nan), "must hold"),
+        (lambda: Between(0, 0.5).gain(3), "Between needs the whole run"),
         (lambda: Polynomial(-0.1), "at least 0, got -0.1"),
         (lambda: Power(sigma_rel=0.3), "got 0.3"),
         (lambda: Power(), "either gamma or sigma_rel"),
@@ -153,6 +181,7 @@ def test_arguments_out_of_range_are_refused_with_a_sentence(build, message):
         ("uniform", Uniform()),
         ("uniform:start=500", Uniform(start=500)),
         ("tail:0.3", Tail(0.3)),
+        ("between:0.7,0.75", Between(0.7, 0.75)),
         ("ema:half_life=2000", Ema(half_life=2000)),
         ("ema:0.01,debias=true", Ema(tau=0.01, debias=True)),
         ("window:5,100", Window(5, 100)),

@@ -6,6 +6,7 @@ from torch import nn
 
 from polyak_rl import (
     AverageBank,
+    Between,
     Ema,
     Hard,
     Polynomial,
@@ -25,6 +26,7 @@ EVERY_RULE = [
     Uniform(start=37),
     Tail(0.5),
     Tail(0.13),
+    Between(0.3, 0.82),
     Polynomial(gamma=3),
     Power(sigma_rel=0.1),
     Window(size=3, every=11),
@@ -103,6 +105,15 @@ def test_an_expected_run_has_every_tail_of_the_protocol_exactly(expected):
         rule = Tail(fraction)
         assert timeline.weight_error(rule) == 0
         mean = iterates[rule.first(expected) :].mean(0)
+        torch.testing.assert_close(flat(timeline.average(rule)), mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("expected", [240, 1000, 4801])
+def test_an_expected_run_has_every_window_of_five_per_cent_exactly(expected):
+    timeline, iterates = recorded(expected, expected=expected, max_weight_error=0.0)
+    for start in range(0, 100, 5):
+        rule = Between(start / 100, (start + 5) / 100)
+        mean = iterates[rule.first(expected) : rule.last(expected)].mean(0)
         torch.testing.assert_close(flat(timeline.average(rule)), mean, rtol=1e-12, atol=1e-12)
 
 
