@@ -241,8 +241,8 @@ class PolyakAveragingCallback(BaseCallback):
         rules: the averages by name; by default uniform over all iterates (``"uniform"``), uniform
             over the last half of the run so far (``"tail50"``), and exponential with a half-life of
             1000 gradient steps (``"ema"``).
-        timeline: record the whole course of the weights, which answers for ``Tail``, ``Between`` and
-            rules chosen afterwards. It takes ``8 * capacity`` bytes a weight.
+        timeline: record the whole course of the weights, which answers for ``Tail``, ``Between``
+            and rules chosen afterwards. It takes ``8 * capacity`` bytes a weight.
         capacity: the segments of the timeline; None: 256, or as many as 1 GiB holds.
         every: take an iterate at every N-th gradient step.
 
