@@ -6,12 +6,12 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from polyak_rl.files import write_whole
 from polyak_rl.guard import Guard, all_finite, check_guard
 from polyak_rl.plan import Buffers
 from polyak_rl.rules import Ema, Rule, require_int
@@ -238,12 +238,8 @@ class Timeline(Averages[Rule]):
             path: the file.
             dtype: of the segments on disk; float32 halves the file.
         """
-        partial = Path(f"{os.fspath(path)}.partial")
-        with partial.open("wb") as file:
+        with write_whole(path) as file:
             torch.save(self.state_dict(dtype=dtype), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], like: nn.Module, **options: Any) -> Timeline:
