@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.averaging import PolicyAverages
+from agents.averaging import record_policy
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.memory import keep_freed_memory
 from agents.presets import preset
@@ -231,7 +231,7 @@ class Measurement:
         self.job = job
         self.training = training = Training(job.algo, job.agent_config(), config, job.seeds)
         self.folders: list[RunFolder] = []
-        self.averages = PolicyAverages(training, in_bank(training.total_updates), job.capacity)
+        self.averages = record_policy(training, in_bank(training.total_updates), job.capacity)
         self.best: dict[str, Tensor] = self.averages.last()
         self.best_return = np.full(len(job.seeds), -np.inf)
         rows = functools.partial(self._episodes, job.final_episodes)
@@ -287,7 +287,7 @@ class Measurement:
 
     def schemes(self, late: bool) -> list[str]:
         """The schemes due: the core ones, and late in the run all."""
-        every = [*CORE, *FROM_TIMELINE, *self.averages.bank.rules]
+        every = [*CORE, *FROM_TIMELINE, *self.averages.rules]
         if "actor" in self.training.agent.targets:
             every.append("target")
         return [*dict.fromkeys(every if late else CORE)]
