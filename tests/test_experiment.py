@@ -106,7 +106,7 @@ def test_where_resuming_is_not_exact_a_run_begins_anew(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
-    def full(self):
+    def full(self, extra):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(experiment.Checkpoints, "save", full)
