@@ -3,7 +3,7 @@
     python -m scripts.compare --tier s                         # minutes; also `make compare`
     python -m scripts.compare --algo dqn --env-id CartPole-v1 --seeds 20
     python -m scripts.compare --tier m --workers 2             # hours; start it again to go on
-    python -m scripts.compare --tier l --ray auto              # on a cluster: scripts/cluster.py
+    python -m scripts.compare --tier l --ray auto              # on a cluster: experiment/cluster.py
 
 Plans the runs, does what is missing, one process a run, and writes `results/results.csv.gz` (a row
 an evaluation episode) and `results/runs.json` (what became of each planned run) under `--out`.
@@ -30,8 +30,8 @@ import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agents.presets import ALGORITHMS
-from scripts.experiment import Job, plain, read_job
-from scripts.study import CELLS, FIRST_SEED
+from scripts.experiment.measurement import Job, plain, read_job
+from scripts.experiment.study import CELLS, FIRST_SEED
 
 COLUMNS = ("run", "env", "algo", "seed", "variant", "scheme", "step", "episode", "return")
 TRIES = 3  # of a run that is killed
@@ -249,7 +249,7 @@ class Process(Protocol):
 
 def execute_on_ray(jobs: list[Job], options: Options) -> list[Job]:
     """Do the jobs on Ray, which queues all of them; returns those that failed."""
-    from scripts import cluster  # Ray is there for those who ask for it
+    from scripts.experiment import cluster  # Ray is there for those who ask for it
 
     assert options.ray is not None
     with cluster.connected(

@@ -10,9 +10,9 @@ import torch
 
 from scripts import compare, report
 from scripts.compare import Options, plan
-from scripts.experiment import Job, run
-from scripts.schemes import SCHEMES
-from scripts.study import CELLS
+from scripts.experiment.measurement import Job, run
+from scripts.experiment.schemes import SCHEMES
+from scripts.experiment.study import CELLS
 
 TINY = {
     "total_steps": 600,

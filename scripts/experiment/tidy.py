@@ -13,8 +13,8 @@ from typing import Any, TextIO, cast
 
 import numpy as np
 
-from scripts import schemes, stats
-from scripts.stats import Floats
+from scripts.experiment import schemes, stats
+from scripts.experiment.stats import Floats
 
 COLUMNS = ("run", "env", "algo", "seed", "scheme", "step", "episode", "return")
 BASE = "last"

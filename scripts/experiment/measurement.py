@@ -22,18 +22,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.averaging import PolicyAverages
 from agents.checkpoint import Checkpoints, newest, restore
-from agents.memory import keep_freed_memory
 from agents.presets import preset
 from agents.seeding import Purpose, evaluation_seeds
 from agents.training import TrainConfig, Training
-from scripts.run_folder import RunFolder
-from scripts.schemes import LATE, SCHEMES
+from scripts.experiment.run_folder import RunFolder
+from scripts.experiment.schemes import LATE, SCHEMES
 
 
 @dataclass(frozen=True)
@@ -279,22 +277,3 @@ class Measurement:
             self.folders, result.returns, result.lengths, strict=True
         ):
             folder.evaluation(self.training.step, scheme, returns, lengths, curve=curve)
-
-
-def main(argv: list[str]) -> int:
-    """Run the job of a file; the step reached is kept in `<first run>/progress`."""
-    job_file, out = map(Path, argv)
-    job = read_job(job_file)
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    progress = out / job.run_names()[0] / "progress"
-
-    def report(step: int) -> None:
-        progress.write_text(str(step))
-
-    run(job, out, report)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
