@@ -72,6 +72,11 @@ class Checkpoint:
         """Environment steps taken, per seed."""
         return int(self.state["clocks"]["step"])
 
+    @property
+    def extra(self) -> State:
+        """What `Checkpoints.save` was given besides."""
+        return dict(self.state.get("extra", {}))
+
     def transitions(self, piece: tuple[int, int]) -> bytes:
         """What is in a replay file."""
         data = (self.folder / _piece_name(piece)).read_bytes()
@@ -115,8 +120,11 @@ class Checkpoints:
         self.pieces = list(after.pieces or []) if after else []
         self.sha256 = dict(after.sha256) if after else {}
 
-    def save(self) -> None:
+    def save(self, extra: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint, and remove what neither it nor the one before it needs.
+
+        Args:
+            extra: Tensors and plain values of the caller's, for `Checkpoint.extra`.
 
         Raises:
             OSError: It cannot be written; the checkpoints that were there still are.
@@ -128,7 +136,7 @@ class Checkpoints:
         if self.replay:
             pieces = self._write_new_transitions(sums)
         name = f"{number:06d}.pt"
-        state = training_state(self.training, self.averages)
+        state = training_state(self.training, self.averages) | {"extra": dict(extra or {})}
         write_whole(self.folder / name, lambda file: _save_tensors(state, file))
         sums[name] = _digest(self.folder / name)
         record = {

@@ -85,7 +85,11 @@ class TrainConfig:
     eval_episodes: int = 20
     """episodes in an evaluation"""
     lr_decay: Literal["constant", "linear"] = "constant"
-    """learning rates as they are, or falling linearly to 0 at the last gradient step"""
+    """learning rates as they are, or falling linearly towards 0"""
+    lr_decay_until: float = 1.0
+    """share of the gradient steps at which a linear decay would reach 0"""
+    lr_floor: float = 0.0
+    """share of the learning rate below which a linear decay does not fall"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """what a NaN or an infinity does: end the run, or be left out and counted (one seed only)"""
     log_every: int = 1000
@@ -312,7 +316,7 @@ class Training:
         """Let the agent learn from a batch, and the recorders record what came of it."""
         if self.config.lr_decay == "linear":
             for optimizer, rate in self.rates:
-                optimizer.param_groups[0]["lr"] = rate * (1 - self.updates / self.total_updates)
+                optimizer.param_groups[0]["lr"] = rate * self._decay()
         if self.agent.config.tau_end is not None:
             for target in self.agent.targets.values():
                 target.tau = self._tau()
@@ -485,6 +489,12 @@ class Training:
                     )
                 for parameter in group["params"]:
                     _ = parameter.grad  # raises where the network was changed
+
+    def _decay(self) -> float:
+        """The share of the learning rate that a linear decay leaves at the next gradient step."""
+        c = self.config
+        left = 1 - self.updates / (c.lr_decay_until * self.total_updates)
+        return max(c.lr_floor, left)
 
     def _tau(self) -> float:
         """The weight in the next update of a soft target: on a line from `tau` to `tau_end`."""

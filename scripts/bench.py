@@ -5,8 +5,8 @@
     python -m scripts.bench --device cuda            # adds launches and bandwidth
 
 This file says what is compared, and which ratios must be reached. Contenders take turns
-(`scripts.timing`), ours beside other libraries (`scripts.rivals`) and beside what cannot be beaten
-(`scripts.floors`). The process is pinned to as many cores as it has threads. Libraries that are not
+(`bench_cases/timing.py`), ours beside other libraries (`rivals.py`) and what cannot be beaten
+(`floors.py`). The process is pinned to as many cores as it has threads. Libraries that are not
 installed are left out (extra `bench`).
 
 Written under `--out`: `bench.md` to read, and `bench.json` with every round of every contender.
@@ -41,11 +41,19 @@ from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training
 from polyak_rl import AverageBank, Ema, Power, Rule, TargetNetwork, Uniform, Window, flatten_
 from polyak_rl import soft_update as polyak_soft_update
-from scripts.bench_report import machine, to_json, to_markdown
-from scripts.counting import GRAPH_LAUNCH, allocated, flops, held, launches
-from scripts.floors import COPY, bare_updates, gemms, on_one_vector
-from scripts.rivals import AVERAGED_MODEL, CLEANRL, SB3, SBX, fill, rival_agents, rival_updates
-from scripts.timing import Bench, Clock, Contender, Goal, pinned
+from scripts.bench_cases.counting import GRAPH_LAUNCH, allocated, flops, held, launches
+from scripts.bench_cases.floors import COPY, bare_updates, gemms, on_one_vector
+from scripts.bench_cases.rivals import (
+    AVERAGED_MODEL,
+    CLEANRL,
+    SB3,
+    SBX,
+    fill,
+    rival_agents,
+    rival_updates,
+)
+from scripts.bench_cases.tables import machine, to_json, to_markdown
+from scripts.bench_cases.timing import Bench, Clock, Contender, Goal, pinned
 
 Section = Literal["updates", "steps", "loops", "averaging", "memory", "scaling", "gpu"]
 

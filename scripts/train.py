@@ -44,7 +44,7 @@ from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from polyak_rl import PolicyAverages
 from scripts.enjoy import drawn_env, open_env, play
-from scripts.run_folder import RunFolder, new_run_folder
+from scripts.experiment.run_folder import RunFolder, new_run_folder
 
 DEFAULT_ENV = {
     "dqn": "CartPole-v1",

@@ -15,7 +15,7 @@ from agents.averaging import default_rules, record_policy
 from agents.checkpoint import Checkpoints
 from agents.dqn import DQNConfig
 from agents.training import TrainConfig, Training
-from scripts.run_folder import RunFolder
+from scripts.experiment.run_folder import RunFolder
 
 
 class Short(gym.Env):

@@ -25,7 +25,7 @@ from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training
 from polyak_rl import Ema, Uniform
 from scripts import train
-from scripts.run_folder import AVERAGES
+from scripts.experiment.run_folder import AVERAGES
 from tests.test_checkpoint import assert_same
 from tests.test_training import Recorder
 
@@ -396,7 +396,7 @@ def test_a_disk_that_is_full_for_the_results_is_one_sentence_and_how_to_go_on(
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("scripts.run_folder.np.savez", full)
+    monkeypatch.setattr("scripts.experiment.run_folder.np.savez", full)
     assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 1
     (folder,) = tmp_path.iterdir()
     error, advice = capsys.readouterr().err.splitlines()

@@ -15,7 +15,7 @@ from agents.dqn import DQNConfig
 from agents.seeding import evaluation_seeds
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
-from scripts.run_folder import RunFolder, new_run_folder
+from scripts.experiment.run_folder import RunFolder, new_run_folder
 
 QUICK = ["--total-steps", "300", "--eval-every", "100", "--eval-episodes", "3"]
 SMALL = ["--hidden", "16", "--learning-starts", "50", "--train-every", "8", "--log-every", "100"]

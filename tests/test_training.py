@@ -436,3 +436,22 @@ def test_an_environment_without_a_preset_gets_the_algorithms_defaults():
     assert preset("sac", "Unheard-v0")[0] == SACConfig()
     with pytest.raises(ValueError, match="must be one of dqn, ddpg, sac, td3, got 'ppo'"):
         preset("ppo", "CartPole-v1")
+
+
+@pytest.mark.parametrize(
+    ("until", "floor", "expected"),
+    [
+        (1.0, 0.0, [1.0, 0.75, 0.5, 0.25]),
+        (0.5, 0.1, [1.0, 0.5, 0.1, 0.1]),
+    ],
+)
+def test_a_linear_decay_falls_to_its_floor_and_stays(until, floor, expected):
+    agent = replace(DQN_SMALL, train_every=10, gradient_steps=1)
+    config = TrainConfig("CartPole-v1", 50, lr_decay="linear", lr_decay_until=until, lr_floor=floor)
+    training = Training("dqn", agent, config)
+    rates = []
+    group = training.agent.optimizers[0].param_groups[0]
+    training.recorders.append(lambda: rates.append(group["lr"] / agent.learning_rate))
+    training.run()
+    training.close()
+    assert rates == pytest.approx(expected)
