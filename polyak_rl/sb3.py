@@ -21,12 +21,14 @@ evaluated and saved with the statistics of that moment, as the last policy is, a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import json
 import os
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -39,17 +41,24 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import polyak_update as sb3_polyak_update
-from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    sync_envs_normalization,
+    unwrap_vec_normalize,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from polyak_rl.choose import Choice, choose, one_by_one
+from polyak_rl.files import write_whole
 from polyak_rl.pairing import unwrap, walk
 from polyak_rl.recorder import PolicyAverages
-from polyak_rl.rules import Ema, Rule, Tail, Uniform
+from polyak_rl.rules import Between, Ema, Rule, Tail, Uniform
 from polyak_rl.target import soft_update
 
-_EVALUATION = 0x5B3  # sets the seeds of evaluation apart from others made of the training seed
+_EVALUATION, _SHIPPING = 0x5B3, 0x5B4  # set these seeds apart from others made of the training seed
+_TAILS = (5, 10, 25, 50)  # per cent of the run
 
 RULES: Mapping[str, Rule] = {
     "uniform": Uniform(),
@@ -209,9 +218,15 @@ class PolyakAveragingCallback(BaseCallback):
         self._unhook()  # a learn() that was interrupted has left it
         self._learning = self.model.start_time
         # Of every optimizer: the model's own may be replaced while it learns.
+        # By a weak reference: an interrupted learn() must not keep the callback alive.
         after_step = weakref.WeakMethod(self._after_step)
-        hook = register_optimizer_step_post_hook(lambda *step: _call(after_step, step[0]))
-        self._unhook = weakref.finalize(self, hook.remove)
+
+        def hook(optimizer: Optimizer, *_: object) -> None:
+            if (found := after_step()) is not None:
+                found(optimizer)
+
+        handle = register_optimizer_step_post_hook(hook)
+        self._unhook = weakref.finalize(self, handle.remove)
 
     def _on_step(self) -> bool:
         return True
@@ -232,12 +247,6 @@ class PolyakAveragingCallback(BaseCallback):
                 "the one before"
             )
         self.averages.record()
-
-
-def _call(method: weakref.WeakMethod[Callable[[Optimizer], None]], optimizer: Optimizer) -> None:
-    found = method()
-    if found is not None:
-        found(optimizer)
 
 
 class AveragedEvalCallback(EvalCallback):
@@ -375,7 +384,7 @@ def _masked(model: BaseAlgorithm, env: VecEnv) -> Iterator[None]:
     if not _takes_masks(model):
         yield
         return
-    predict = model.predict
+    predict: Callable[..., Any] = model.predict
 
     def masked(*args: Any, **options: Any) -> Any:
         return predict(*args, action_masks=np.stack(env.env_method("action_masks")), **options)
@@ -431,6 +440,115 @@ def save_averaged(model: BaseAlgorithm, which: str | Rule, path: str | os.PathLi
     normalizer = model.get_vec_normalize_env()
     if normalizer is not None:
         normalizer.save(f"{os.fspath(path).removesuffix('.zip')}_vecnormalize.pkl")
+
+
+def ship(
+    model: BaseAlgorithm,
+    env: gym.Env[Any, Any] | VecEnv,
+    *,
+    episodes: int = 60,
+    worst: float = 1.0,
+    path: str | os.PathLike[str] | None = None,
+    start: int = 0,
+) -> Choice:
+    """Choose which weights of a trained model to ship, and write them as an ordinary SB3 zip.
+
+    Candidates are the last iterate, the averages that the model's callback keeps, the tails of 5,
+    10, 25 and 50 % of the run, and the nine windows of 5 % before the last one, which stand for
+    checkpoints; what the timeline is too coarse for is left out. :func:`polyak_rl.choose` does the
+    rest: it keeps ``tail25`` unless that is beaten, and values the winner on fresh episodes.
+
+    Each candidate acts deterministically, in episodes that are the same for all. Action masks are
+    those of ``env``; rewards are those before any normalisation or shaping, as in SB3's evaluation.
+
+    Args:
+        model: trained with a :class:`PolyakAveragingCallback` that has a timeline.
+        env: another environment than the one trained on, wrapped as that one is; its
+            sub-environments play side by side. A ``VecNormalize`` gets the statistics of training.
+        episodes: the budget to choose with, counted over all candidates; 0 takes ``tail25``.
+        worst: the criterion is the mean of this share of the episodes, the worst ones.
+        path: the zip, as in :func:`save_averaged`; the choice is written to ``<path>.json``. None
+            writes nothing.
+        start: the first episode; ``Choice.next_start`` of an earlier choice to play none twice.
+
+    Returns:
+        The choice; ``print`` shows it.
+
+    Raises:
+        ValueError: the model has no averages or no timeline, the environments are wrapped
+            differently, or what :func:`polyak_rl.choose` refuses.
+
+    Example:
+        >>> from stable_baselines3 import PPO
+        >>> from stable_baselines3.common.env_util import make_vec_env
+        >>> from polyak_rl.sb3 import PolyakAveragingCallback, ship
+        >>> model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=1, seed=1, device="cpu")
+        >>> _ = model.learn(256, callback=PolyakAveragingCallback())
+        >>> choice = ship(model, make_vec_env("CartPole-v1"), episodes=0)
+        >>> choice.winner
+        'tail25'
+    """
+    averages = averages_of(model)
+    rules: dict[str, str | Rule] = {"last": "last", **{f"tail{p}": Tail(p / 100) for p in _TAILS}}
+    rules |= {f"window{p}": Between((p - 5) / 100, p / 100) for p in range(95, 50, -5)}
+    rules |= {name: name for name in averages.rules}
+    candidates: dict[str, Any] = {
+        name: rule for name, rule in rules.items() if averages.ready(rule)
+    }
+    venv = model._wrap_env(env, monitor_wrapper=True)
+    _share_statistics(model, venv)
+    entropy = (_SHIPPING, model.seed or 0)
+    first = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)  # room to count on
+
+    def play(which: str | Rule, numbers: range) -> list[float]:
+        with averages.applied(which), _masked(model, venv):
+            return _returns(model, venv, [first + number for number in numbers])
+
+    prior = "tail25" if "tail25" in candidates else "last"
+    choice = choose(
+        candidates, one_by_one(play), budget=episodes, prior=prior, worst=worst, start=start
+    )
+    if path is not None:
+        save_averaged(model, candidates[choice.winner], path)
+        record = json.dumps(dataclasses.asdict(choice), indent=1) + "\n"
+        with write_whole(f"{os.fspath(path).removesuffix('.zip')}.json") as file:
+            file.write(record.encode())
+    return choice
+
+
+def _share_statistics(model: BaseAlgorithm, env: VecEnv) -> None:
+    """Evaluate with training's normalisation of observations, and count rewards as they are."""
+    normalizer = unwrap_vec_normalize(env)
+    trained = model.get_vec_normalize_env()
+    if (normalizer is None) != (trained is None):
+        one, other = ("that of training", "env") if trained else ("env", "that of training")
+        raise ValueError(f"{one} is a VecNormalize and {other} is none: wrap both alike")
+    if normalizer is not None and trained is not None:
+        sync_envs_normalization(trained, env)
+        normalizer.training = normalizer.norm_reward = False
+
+
+def _returns(model: BaseAlgorithm, env: VecEnv, seeds: Sequence[int]) -> list[float]:
+    """The return of one deterministic episode for each seed, as many at once as there is room."""
+    returns: list[float] = []
+    while len(returns) < len(seeds):
+        env.seed(seeds[len(returns)])  # and those after it
+        obs: Any = env.reset()
+        states, starts = None, np.ones(env.num_envs, dtype=bool)
+        totals, ended = np.zeros(env.num_envs), np.zeros(env.num_envs, dtype=bool)
+        wanted = slice(min(env.num_envs, len(seeds) - len(returns)))
+        while not ended[wanted].all():
+            actions, states = model.predict(
+                obs, state=states, episode_start=starts, deterministic=True
+            )
+            obs, rewards, starts, infos = env.step(actions)
+            totals += np.where(ended, 0.0, rewards)
+            for i in np.flatnonzero(starts & ~ended):
+                # a Monitor's is that of before any wrapper changed the rewards
+                totals[i] = infos[i].get("episode", {"r": totals[i]})["r"]
+            ended |= starts
+        returns += totals[wanted].tolist()
+    return returns
 
 
 class fast_polyak_update:

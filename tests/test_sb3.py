@@ -1,5 +1,6 @@
 import csv
 import gc
+import json
 import sys
 import weakref
 from types import ModuleType
@@ -22,7 +23,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from polyak_rl import Ema, Tail, Uniform
+from polyak_rl import Between, Choice, Ema, Tail, Uniform
 from polyak_rl.sb3 import (
     AveragedEvalCallback,
     PolyakAveragingCallback,
@@ -30,6 +31,7 @@ from polyak_rl.sb3 import (
     averages_of,
     fast_polyak_update,
     save_averaged,
+    ship,
 )
 
 OFF_POLICY = {"learning_starts": 20, "batch_size": 16, "buffer_size": 1000}
@@ -118,7 +120,7 @@ class Interrupt(BaseCallback):
         return True
 
 
-class Between(BaseCallback):
+class Midway(BaseCallback):
     """Does something to the model after some calls."""
 
     def __init__(self, after, what):
@@ -283,7 +285,7 @@ def test_an_optimizer_that_is_replaced_while_the_model_learns_goes_on_being_coun
     model, averaging = make(case), PolyakAveragingCallback()
     before, iterates, after = record_steps(model), [], []
     *_, steps, updates = CASES[case]
-    model.learn(steps, callback=[averaging, Between(after=50, what=replace)])
+    model.learn(steps, callback=[averaging, Midway(after=50, what=replace)])
     iterates += after[0]
     assert 0 < len(before) < len(iterates) == updates == averaging.averages.clock
     with averaging.averages.applied("uniform") as network:
@@ -292,7 +294,7 @@ def test_an_optimizer_that_is_replaced_while_the_model_learns_goes_on_being_coun
 
 def test_other_optimizers_and_other_models_are_not_counted():
     model, other, averaging = make("sac"), make("sac", seed=4), PolyakAveragingCallback()
-    learn = Between(after=30, what=lambda model: other.learn(40))
+    learn = Midway(after=30, what=lambda model: other.learn(40))
     model.learn(60, callback=[averaging, learn])
     assert averaging.averages.clock == CASES["sac"][4]
 
@@ -313,7 +315,7 @@ def test_a_network_that_is_replaced_while_the_model_learns_is_refused():
         model.actor.optimizer = torch.optim.Adam(model.actor.parameters())
 
     with pytest.raises(ValueError, match="the network that acts was replaced"):
-        make("sac").learn(60, callback=[PolyakAveragingCallback(), Between(30, replace)])
+        make("sac").learn(60, callback=[PolyakAveragingCallback(), Midway(30, replace)])
 
 
 def test_a_large_policy_gets_fewer_segments_by_default():
@@ -624,6 +626,54 @@ def test_mistakes_are_said_in_a_sentence(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is not averages"):
             PolyakAveragingCallback.load(tmp_path / name, model)
     assert not [*tmp_path.glob("never*")]
+
+
+# --- shipping -------------------------------------------------------------------------------------
+
+
+def test_what_is_shipped_is_the_winner_valued_on_episodes_that_chose_nothing(tmp_path):
+    model = make("ppo", learning_rate=0.05)
+    model.learn(640, callback=PolyakAveragingCallback({"mean": Uniform()}))
+    before = weights(model.policy)
+    choice = ship(model, eval_env("ppo", 3), episodes=60, path=tmp_path / "shipped.zip")
+    assert same(weights(model.policy), before)
+    windows = {f"window{p}" for p in range(95, 50, -5)}
+    assert {"last", "mean", "tail5", "tail10", "tail25", "tail50", *windows} == {*choice.choosing}
+    assert sum(map(len, choice.choosing.values())) <= 60
+    assert choice.prior == "tail25"
+
+    record = json.loads((tmp_path / "shipped.json").read_text())
+    assert Choice(**record) == choice
+    shipped = PPO.load(tmp_path / "shipped", device="cpu")
+    percent = int(choice.winner.removeprefix("window"))  # with these seeds
+    with averages_of(model).applied(Between((percent - 5) / 100, percent / 100)) as network:
+        assert same(weights(shipped.policy), weights(network))
+    again = ship(model, eval_env("ppo"), episodes=60)  # one environment in place of three
+    assert again == choice
+    other = ship(model, eval_env("ppo"), episodes=0, start=choice.next_start)
+    assert (other.winner, other.episodes) == ("tail25", 0)
+
+
+def test_shipping_takes_masks_and_the_statistics_of_training():
+    contrib = pytest.importorskip("sb3_contrib")
+    model = contrib.MaskablePPO("MlpPolicy", Parity(), n_steps=20, batch_size=20, device="cpu")
+    model.learn(40, callback=PolyakAveragingCallback(capacity=20))
+    choice = ship(model, Parity(), episodes=40)
+    assert {x for row in (choice.choosing | choice.valuing).values() for x in row} == {5.0}
+    assert choice.winner == "tail25"  # all are tied
+
+    env = VecNormalize(make_vec_env("Pendulum-v1", seed=1))
+    model = make("sac", env)
+    model.learn(60, callback=PolyakAveragingCallback())
+    with pytest.raises(ValueError, match="that of training is a VecNormalize and env is none"):
+        ship(model, make_vec_env("Pendulum-v1"), episodes=0)
+    mean, count = env.obs_rms.mean.copy(), env.obs_rms.count
+    plain = VecNormalize(make_vec_env("Pendulum-v1"))
+    choice = ship(model, plain, episodes=40)
+    assert max(map(max, choice.valuing.values())) < -100  # as they are, not normalised
+    assert plain.obs_rms.mean.tolist() == mean.tolist()
+    assert env.obs_rms.count == count
+    assert env.training
 
 
 # --- fast_polyak_update ---------------------------------------------------------------------------
