@@ -140,7 +140,7 @@ def test_a_budget_of_nothing_ships_the_prior_and_plays_nothing():
 def test_a_single_candidate_is_shipped_and_valued():
     play = one_by_one(lambda w, episodes: [w + e for e in episodes])
     choice = choose({"last": 1.0}, play, prior="last", budget=30)
-    assert (choice.winner, choice.choosing, choice.value()) == ("last", {}, 10.5)
+    assert (choice.winner, choice.choosing, choice.value()) == ("last", {}, 20.5)
     assert choice.gain() == (0, 0, 0)
 
 
