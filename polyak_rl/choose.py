@@ -39,6 +39,14 @@ one that the episode sets, with its number as the seed: all candidates meet the 
 
 Where the candidates are weights of one network they can be played at once: `play` is then given
 the weights of a round by name, and :func:`polyak_rl.one_by_one` is not needed.
+
+What it is worth, by ``python -m scripts.choice scripts/results/results.csv.gz``, which replays the
+episodes of an exploratory study: in sixty runs of DQN on CartPole-v1, still learning at their end,
+shipping ``tail25`` instead of the last iterate gains .15 of the way from a random policy to the
+best score, choosing with 12 episodes .23, and with 36 episodes among averages and five late
+checkpoints .26, as much as the best of them in hindsight. The best of the five checkpoints, as an
+evaluation callback keeps it, gains .23 with as many. On Acrobot-v1, InvertedPendulum-v5 and
+Pendulum-v1, with little or nothing to gain, choosing was on average no worse than the last iterate.
 """
 
 from __future__ import annotations
@@ -109,15 +117,21 @@ class Choice:
     valuing: Returns
 
     def __post_init__(self) -> None:
+        kinds: dict[str, type] = dict.fromkeys(("winner", "prior", "last"), str)
+        kinds |= {"seed": int, "start": int, "choosing": dict, "valuing": dict}
+        for field, kind in kinds.items():
+            if type(value := getattr(self, field)) is not kind:
+                raise ValueError(f"{field} must be of type {kind.__name__}, got {value!r}")
+        _check_share(self.worst)
         roles = {self.winner, self.prior, self.last}
         for block in ("choosing", "valuing"):
             rows = {name: _finite(name, row) for name, row in getattr(self, block).items()}
             object.__setattr__(self, block, rows)
             if rows and not roles <= rows.keys():
                 raise ValueError(f"{block} must hold {sorted(roles)}, got {sorted(rows)}")
-        if self.valuing and len({len(self.valuing[name]) for name in roles}) > 1:
-            raise ValueError("valuing must hold as many returns of one candidate as of another")
-        _check_share(self.worst)
+        fresh = {len(row) for row in self.valuing.values()}
+        if len(fresh) > 1 or fresh & {0, 1}:
+            raise ValueError(f"valuing must hold the same 2 or more episodes of each, got {fresh}")
 
     @property
     def next_start(self) -> int:
@@ -142,7 +156,7 @@ class Choice:
             worst: another share of the episodes than that of the criterion, in (0, 1].
         """
         share = self.worst if worst is None else worst
-        return mean_of_worst(self.valuing.get(name or self.winner, ()), share)
+        return mean_of_worst(self._fresh(name or self.winner), share)
 
     def gain(self, over: str | None = None) -> Interval:
         """The winner's criterion minus that of the last (or the prior) on the fresh episodes.
@@ -151,11 +165,17 @@ class Choice:
         It knows only what the fresh episodes hold: a failure in one of a hundred is most often not
         among forty, and a tenth of forty is four.
         """
-        pair = [self.valuing.get(name, ()) for name in (self.winner, over or self.last)]
+        pair = [self._fresh(name) for name in (self.winner, over or self.last)]
         if not all(pair):
             return Interval(math.nan, math.nan, math.nan)
         parts = (_parts(row, self.worst) for row in pair)
         return mean_interval([a - b for a, b in zip(*parts, strict=True)])
+
+    def _fresh(self, name: str) -> tuple[float, ...]:
+        """The candidate's returns on the fresh episodes."""
+        if self.valuing and name not in self.valuing:
+            raise ValueError(f"only {sorted(self.valuing)} were valued, got {name!r}")
+        return self.valuing.get(name, ())
 
     def __str__(self) -> str:
         lines = [f"ship {self.winner}"]
@@ -335,6 +355,8 @@ def mean_interval(x: Sequence[float]) -> Interval:
         >>> print(mean_interval([1.0, 2.0, 3.0]))
         +2 [-0.4841, +4.484]
     """
+    if len(x) < 2:
+        raise ValueError(f"an interval needs at least 2 numbers, got {len(x)}")
     mean = statistics.fmean(x)
     half = t_quantile(len(x) - 1) * statistics.stdev(x, mean) / math.sqrt(len(x))
     return Interval(mean, mean - half, mean + half)
@@ -354,6 +376,8 @@ def t_quantile(df: int, level: float = 0.95) -> float:
         >>> [round(t_quantile(df), 3) for df in (1, 2, 19, 1000)]     # as in the tables
         [12.706, 4.303, 2.093, 1.962]
     """
+    if df < 1:
+        raise ValueError(f"df must be at least 1, got {df}")
 
     def inside(angle: float) -> float:
         sine, cosine = math.sin(angle), math.cos(angle)
@@ -406,5 +430,5 @@ def _finite(name: str, returns: Iterable[float]) -> tuple[float, ...]:
 
 
 def _check_share(share: float) -> None:
-    if not 0 < share <= 1:
+    if not isinstance(share, int | float) or not 0 < share <= 1:
         raise ValueError(f"worst must be a share of the episodes in (0, 1], got {share}")

@@ -345,6 +345,8 @@ def draw(groups: Sequence[Group], tables: Sequence[Curves]) -> Figure:
             values = [math.nan if p is None else float(p.gain.estimate) for p in points]
             ax.plot(place, values, "o-", color=rule.colour, markersize=4, label=rule.label)
         ax.set_xticks(place, [str(budget) for budget in BUDGETS])
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, -0.002), max(high, 0.002))  # where nothing differs, no rounding
         ax.set_xlabel("episodes to choose with, in all")
         ax.set_ylabel("gain over the last iterate")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)

@@ -269,14 +269,27 @@ def test_the_record_goes_through_json():
         ({"winner": "tail50"}, "choosing must hold .*tail50"),
         ({"valuing": {"last": [1.0, 2.0]}}, "valuing must hold"),
         ({"choosing": {"last": [math.nan], "tail25": [1.0]}}, "finite"),
-        ({"worst": 2}, "share"),
-        ({"valuing": {"last": [1.0, 2.0], "tail25": [1.0]}}, "as many returns"),
+        ({"worst": 2.0}, "share"),
+        ({"worst": "1"}, r"worst must be a share of the episodes in \(0, 1\], got 1"),
+        ({"winner": ["last"]}, "winner must be of type str"),
+        ({"start": 0.5}, "start must be of type int, got 0.5"),
+        ({"choosing": [1.0]}, "choosing must be of type dict"),
+        ({"valuing": {"last": [1.0, 2.0], "tail25": [1.0]}}, "same 2 or more episodes of each"),
+        ({"valuing": {"last": [1.0], "tail25": [1.0]}}, "same 2 or more episodes of each"),
     ],
 )
 def test_what_is_no_record_is_refused(change, text):
     choice = choose({"last": (0.0, 0), "tail25": (1.0, 1)}, noisy, budget=8)
     with pytest.raises(ValueError, match=text):
         dataclasses.replace(choice, **change)
+
+
+def test_only_what_was_valued_has_a_value():
+    choice = choose(CANDIDATES, noisy)
+    left_out = next(name for name in CANDIDATES if name not in choice.valuing)
+    for ask in (choice.value, choice.gain):
+        with pytest.raises(ValueError, match=f"were valued, got '{left_out}'"):
+            ask(left_out)
 
 
 def test_what_the_choosing_episodes_promise_flatters_and_the_fresh_ones_do_not():
@@ -366,4 +379,8 @@ def mean_of_normal(worst):
 
 
 def test_the_interval_of_a_mean_takes_two_numbers():
+    with pytest.raises(ValueError, match="at least 2 numbers, got 1"):
+        mean_interval([1.0])
+    with pytest.raises(ValueError, match="df must be at least 1, got 0"):
+        t_quantile(0)
     assert mean_interval([0.0, 2.0]) == pytest.approx((1, 1 - 12.7062047, 1 + 12.7062047))
