@@ -54,6 +54,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -120,7 +121,7 @@ class Choice:
         kinds: dict[str, type] = dict.fromkeys(("winner", "prior", "last"), str)
         kinds |= {"seed": int, "start": int, "choosing": dict, "valuing": dict}
         for field, kind in kinds.items():
-            if type(value := getattr(self, field)) is not kind:
+            if not isinstance(value := getattr(self, field), kind):
                 raise ValueError(f"{field} must be of type {kind.__name__}, got {value!r}")
         _check_share(self.worst)
         roles = {self.winner, self.prior, self.last}
@@ -213,8 +214,8 @@ def choose(
     Ties go to the prior, then to what is named first.
 
     Args:
-        candidates: weights by name, or functions that give them, each called once. Only functions
-            and methods count as such: a module is weights.
+        candidates: weights by name, or functions that give them, each called once. Only functions,
+            methods and partials count as such: a module is weights.
         play: given weights by name and a range of episodes, returns for each name one number an
             episode, higher is better. The same episode must mean the same conditions whoever plays:
             derive the environment's seed from it.
@@ -252,15 +253,16 @@ def choose(
     """
     pairs = list(candidates.items() if isinstance(candidates, Mapping) else candidates)
     weights = dict(pairs)
-    if len(weights) < len(pairs):
+    if len(weights) < len(pairs) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"candidates must have names of their own, got {[n for n, _ in pairs]}")
+    budget, start, seed = map(operator.index, (budget, start, seed))
     for role, name in (("prior", prior), ("last", last)):
         if name not in weights:
             raise ValueError(f"{role} must be one of {[*weights]}, got {name!r}")
     _check_share(worst)
     if fresh is None:
         fresh = max(40, 2 * budget // 3) if budget else 0
-    if fresh < 0 or fresh == 1:
+    if operator.index(fresh) < 0 or fresh == 1:
         raise ValueError(f"fresh must be 0 or at least 2 episodes, got {fresh}")
     if start < 0:
         raise ValueError(f"start must be at least 0, got {start}")
@@ -275,7 +277,8 @@ def choose(
         for name in group:
             if name not in ready:
                 given = weights[name]
-                ready[name] = given() if inspect.isroutine(given) else given
+                made = inspect.isroutine(given) or isinstance(given, functools.partial)
+                ready[name] = given() if made else given
         return _answer(play({name: ready[name] for name in group}, episodes), group, episodes)
 
     alive = [prior, *(name for name in weights if name != prior)]  # the order in which ties fall
@@ -292,9 +295,7 @@ def choose(
     return Choice(winner, prior, last, worst, seed, start, rows, fair)
 
 
-def one_by_one(
-    play: Callable[[W, range], Sequence[float]],
-) -> Play[W]:
+def one_by_one(play: Callable[[W, range], Sequence[float]]) -> Play[W]:
     """Make a function that plays one candidate into one that plays several, one after another.
 
     Args:

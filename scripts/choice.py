@@ -40,7 +40,8 @@ LATE, LATEST = 0.2, 9  # of the past: evaluations in this share of the run, at m
 MARGIN = 0.2  # standard deviations of the last iterate over runs: smaller does not matter
 NAMES = {"uniform0": "all"} | {f"suffix{n}": f"tail{n}" for n in (5, 10, 25, 50, 75, 90)}
 NOT_SHIPPED = ("placebo", "best", "line")  # beginnings of schemes that are no candidates
-PAST = ("window", "checkpoint")  # beginnings of schemes that are of the past
+CHECKPOINT = "checkpoint"
+PAST = ("window", CHECKPOINT)  # beginnings of schemes that are of the past
 # In the order of belief: a budget too small for all candidates takes the first ones.
 BELIEF = (PRIOR, BASE, "tail10", "tail50", "ema1", "tail5", "target")
 
@@ -63,10 +64,16 @@ class Run:
         return known + sorted(set(now) - {*known})
 
     @property
+    def checkpoints(self) -> list[str]:
+        """The last iterate and those of the past, or stretches of the past in their place."""
+        return [BASE, *([name for name in self.past if name.startswith(CHECKPOINT)] or self.past)]
+
+    @property
     def all(self) -> list[str]:
-        """Averages that are believed in, the past, then the others."""
+        """Averages that are believed in, stretches of the past (or checkpoints), other averages."""
         believed = [name for name in self.averages if name in BELIEF]
-        return believed + self.past + [name for name in self.averages if name not in BELIEF]
+        past = [name for name in self.past if not name.startswith(CHECKPOINT)] or self.past
+        return believed + past + [name for name in self.averages if name not in BELIEF]
 
     def table(self, names: Iterable[str]) -> dict[str, Floats]:
         """Returns on the episodes that all of these and the last iterate have, by name."""
@@ -118,10 +125,24 @@ def read(files: Iterable[Path]) -> list[Run]:
                 raise ValueError(f"{path}: expected the columns {COLUMNS}, missing {missing}")
             for row in reader:
                 key = (row["env"], row["algo"], row.get("variant") or "", row["run"])
-                point = rows.setdefault(key, {}).setdefault(int(float(row["step"])), {})
+                step = int(number(row["step"], path, reader))
+                point = rows.setdefault(key, {}).setdefault(step, {})
                 name = NAMES.get(row["scheme"], row["scheme"])
-                point.setdefault(name, {})[row["episode"]] = float(row["return"])
+                point.setdefault(name, {})[row["episode"]] = number(row["return"], path, reader)
     return [run for key, points in sorted(rows.items()) if (run := as_run(key, points))]
+
+
+def number(text: str, path: Path, reader: "csv.DictReader[str]") -> float:
+    """A finite number of a row."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{path}, line {reader.line_num}: step and return must be finite, got {text!r}"
+        )
+    return value
 
 
 def as_run(key: tuple[str, ...], points: dict[int, dict[str, dict[str, float]]]) -> Run | None:
@@ -133,8 +154,8 @@ def as_run(key: tuple[str, ...], points: dict[int, dict[str, dict[str, float]]])
     past = sorted((name for name in now if name.startswith(PAST)), key=newest)
     if not past:
         late = [step for step in sorted(points) if (1 - LATE) * end <= step < end][-LATEST:]
-        now |= {f"checkpoint@{step}": points[step][BASE] for step in late if BASE in points[step]}
-        past = [f"checkpoint@{step}" for step in late[::-1] if BASE in points[step]]
+        now |= {f"{CHECKPOINT}@{step}": points[step][BASE] for step in late if BASE in points[step]}
+        past = [f"{CHECKPOINT}@{step}" for step in late[::-1] if BASE in points[step]]
     curve = [np.mean([*points[s][BASE].values()]) for s in sorted(points) if BASE in points[s]]
     learned = float(max(curve) - min(curve))
     if len(now) < 2 or learned <= 0:
@@ -221,8 +242,8 @@ class Rule:
 
 RULES = (
     Rule("always tail25", GREY, lambda run: [PRIOR] * (PRIOR in run.returns), lambda *_: 0),
-    Rule("best checkpoint", ORANGE, lambda run: [BASE, *run.past], best_needs, best),
-    Rule("checkpoints, by choose", SKY, lambda run: [BASE, *run.past]),
+    Rule("best checkpoint", ORANGE, lambda run: run.checkpoints, best_needs, best),
+    Rule("checkpoints, by choose", SKY, lambda run: run.checkpoints),
     Rule("averages, by choose", BLUE, lambda run: run.averages),
     Rule("all, by choose", GREEN, lambda run: run.all),
 )

@@ -43,6 +43,11 @@ def test_candidates_are_the_schemes_of_the_last_step_by_their_present_names(tmp_
     assert run.past == ["window90-95", "window85-90"]
     assert run.averages == ["tail25", "last", "all"]
     assert run.all == ["tail25", "last", "window90-95", "window85-90", "all"]
+    assert run.checkpoints == ["last", "window90-95", "window85-90"]
+    write(tmp_path / "r.csv", rows + rows_of("checkpoint95", 100, [3, 4]))
+    (run,) = choice.read([tmp_path / "r.csv"])
+    assert run.checkpoints == ["last", "checkpoint95"]
+    assert run.all == ["tail25", "last", "window90-95", "window85-90", "all"]
 
 
 def test_without_stretches_of_the_past_the_last_iterate_was_there_in_the_last_fifth(tmp_path):
@@ -216,6 +221,15 @@ def test_results_without_a_choice_are_refused_in_a_sentence(tmp_path, rows, caps
     write(tmp_path / "r.csv", rows)
     assert choice.main([str(tmp_path / "r.csv"), "--out", str(tmp_path / "o")]) == 2
     assert "expected runs with candidates besides the last iterate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "x", ""])
+def test_a_return_that_is_no_number_is_refused_with_its_line(tmp_path, capsys, value):
+    write(tmp_path / "r.csv", rows_of(BASE, 100, [1, value]))
+    assert choice.main([str(tmp_path / "r.csv"), "--out", str(tmp_path / "o")]) == 2
+    assert (
+        f"r.csv, line 3: step and return must be finite, got '{value}'" in capsys.readouterr().err
+    )
 
 
 # --- other ways to spend the budget ---------------------------------------------------------------

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -188,10 +189,12 @@ def test_functions_are_called_once_and_modules_are_weights():
         seen.update(weights)
         return {name: [0.0] * len(episodes) for name in weights}
 
-    choose({"last": net, "tail25": average}, play, budget=8)
+    partial = functools.partial(dict, a=1)
+    choose({"last": net, "tail25": average, "ema1": partial}, play, budget=8)
     assert seen["last"] is net
     assert isinstance(seen["tail25"], torch.nn.Linear)
     assert made == [1]
+    assert seen["ema1"] == {"a": 1}
 
 
 def test_returns_may_come_as_arrays_or_tensors():
@@ -234,6 +237,19 @@ def test_a_wrong_argument_is_refused_before_anything_is_played(change, text):
 def test_two_candidates_of_one_name_are_refused():
     with pytest.raises(ValueError, match=r"names of their own, got \['last', 'tail25', 'last'\]"):
         choose([("last", 1), ("tail25", 2), ("last", 3)], never)
+
+
+@pytest.mark.parametrize("argument", ["budget", "start", "seed", "fresh"])
+def test_numbers_that_count_are_whole_and_may_be_numpys(argument):
+    choice = choose(CANDIDATES, noisy, **{argument: np.int64(12)})
+    assert Choice(**json.loads(json.dumps(dataclasses.asdict(choice)))) == choice
+    with pytest.raises(TypeError, match="integer"):
+        choose(CANDIDATES, never, **{argument: 12.0})
+
+
+def test_names_are_text():
+    with pytest.raises(ValueError, match=r"names of their own, got \['last', 'tail25', 3\]"):
+        choose({"last": 1, "tail25": 2, 3: 3}, never)
 
 
 @pytest.mark.parametrize(
