@@ -330,12 +330,16 @@ def curves(group: Group, splits: int) -> Curves:
     rule that has enough of them in a few runs at least.
     """
     spans = np.array([group.span(run) for run in group.runs])
-    found: Curves = {rule.label: [] for rule in RULES}
+    found: Curves = defaultdict(list)
     few = min(FEWEST, len(spans))
     for budget in BUDGETS:
         gains = {
             rule.label: np.array([replay(run, rule, budget, splits) for run in group.runs]) / spans
             for rule in RULES
+        }
+        ours = RULES[-1].label  # against what is done without it, paired by run
+        gains |= {
+            f"{ours} − {other.label}": gains[ours] - gains[other.label] for other in RULES[:2]
         }
         usable = [label for label, gain in gains.items() if np.isfinite(gain).sum() >= few]
         common = np.all([np.isfinite(gains[label]) for label in usable], axis=0)
