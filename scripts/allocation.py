@@ -35,7 +35,7 @@ from polyak_rl.choose import rounds
 from scripts.choice import BASE, HELD_OUT, PRIOR, Group, affordable, grouped, halving, read
 from scripts.choice import table as markdown
 from scripts.stats import Floats
-from scripts.tidy import FEWEST, result_files
+from scripts.tidy import result_files
 
 BUDGETS = (12, 36, 60)
 Ints = NDArray[np.int64]
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for group in groups:
-        if group.pooled or len(group.runs) < FEWEST or PRIOR not in group.runs[0].returns:
+        if group.pooled or any({PRIOR, BASE} - run.returns.keys() for run in group.runs):
             continue
         columns = [gains(group, budget, options.splits) for budget in BUDGETS]
         rows = [

@@ -54,7 +54,7 @@ class Run:
     name: str
     returns: dict[str, dict[str, float]]  # candidate -> episode -> return
     past: list[str]  # candidates of the past, the newest first
-    learned: float  # the best evaluation of the last iterate minus the worst one
+    learned: float  # the best evaluation of the last iterate minus the worst one, or 1
 
     @property
     def averages(self) -> list[str]:
@@ -129,7 +129,7 @@ def read(files: Iterable[Path]) -> list[Run]:
                 point = rows.setdefault(key, {}).setdefault(step, {})
                 name = NAMES.get(row["scheme"], row["scheme"])
                 point.setdefault(name, {})[row["episode"]] = number(row["return"], path, reader)
-    return [run for key, points in sorted(rows.items()) if (run := as_run(key, points))]
+    return [as_run(key, points) for key, points in sorted(rows.items())]
 
 
 def number(text: str, path: Path, reader: "csv.DictReader[str]") -> float:
@@ -145,21 +145,17 @@ def number(text: str, path: Path, reader: "csv.DictReader[str]") -> float:
     return value
 
 
-def as_run(key: tuple[str, ...], points: dict[int, dict[str, dict[str, float]]]) -> Run | None:
-    """One run's candidates; nothing where last is the only one or all evaluations are equal."""
+def as_run(key: tuple[str, ...], points: dict[int, dict[str, dict[str, float]]]) -> Run:
+    """One run's candidates at its last step, and of its past."""
     end = max(points)
     now = {name: x for name, x in points[end].items() if not name.startswith(NOT_SHIPPED)}
-    if BASE not in now:
-        return None
     past = sorted((name for name in now if name.startswith(PAST)), key=newest)
     if not past:
         late = [step for step in sorted(points) if (1 - LATE) * end <= step < end][-LATEST:]
         now |= {f"{CHECKPOINT}@{step}": points[step][BASE] for step in late if BASE in points[step]}
         past = [f"{CHECKPOINT}@{step}" for step in late[::-1] if BASE in points[step]]
     curve = [np.mean([*points[s][BASE].values()]) for s in sorted(points) if BASE in points[s]]
-    learned = float(max(curve) - min(curve))
-    if len(now) < 2 or learned <= 0:
-        return None
+    learned = float(max(curve, default=0) - min(curve, default=0)) or 1.0
     return Run((key[0], key[1], key[2]), key[3], now, past, learned)
 
 
@@ -460,12 +456,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = tyro.cli(Options, args=argv, prog="python -m scripts.choice", description=__doc__)
     try:
-        groups = grouped(read(result_files(options.results)))
+        runs = read(result_files(options.results))
+        groups = grouped([run for run in runs if BASE in run.returns and len(run.returns) > 1])
         if not groups:
             raise ValueError("expected runs with candidates besides the last iterate, found none")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if left_out := len(runs) - sum(len(group.runs) for group in groups):
+        print(f"Left out: {left_out} runs with nothing to choose among at their last step")
     tables = [curves(group, options.splits) for group in groups]
     options.out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
