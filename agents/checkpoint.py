@@ -32,13 +32,13 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from agents.averaging import PolicyAverages
 from agents.evaluation import Evaluation
+from agents.optimizers import Descent
 from agents.training import EpisodeSeeds, Training
 
-SCHEMA = 3
+SCHEMA = 4
 
 State = dict[str, Any]
 
@@ -387,11 +387,11 @@ def _save_tensors(state: State, file: BinaryIO) -> None:
 
 
 def _parts(agent: Any) -> dict[str, Any]:
-    """What changes in an agent, by attribute: modules, optimizers and lists of generators."""
+    """What changes in an agent, by attribute: modules, descents and lists of generators."""
     parts: dict[int, tuple[str, Any]] = {}
     for name, value in vars(agent).items():
         streams = isinstance(value, list) and all(isinstance(g, torch.Generator) for g in value)
-        if streams or isinstance(value, nn.Module | Optimizer):
+        if streams or isinstance(value, nn.Module | Descent):
             parts.setdefault(id(value), (name, value))  # `policy` is another name
     return dict(parts.values())
 
@@ -421,8 +421,6 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
 
 def _require_fit(name: str, ours: Any, theirs: Any) -> None:
     """Raise ValueError where a saved value has not the form of the one it is to replace."""
-    if name.endswith("optimizer.state"):  # a new SGD has none yet
-        return
     if isinstance(ours, Tensor):
         fits = _form(ours) == _form(theirs)
     elif isinstance(ours, Mapping):

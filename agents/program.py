@@ -69,7 +69,7 @@ class Program:
             recorded = self._recorded[tuple(key)] = record(arguments, inputs)
         return dict(zip(recorded.names, recorded.run(*inputs), strict=True))
 
-    @torch.no_grad()
+    @torch.enable_grad()  # what differentiates a loss is part of it
     def _trace(self, arguments: Sequence[Any], inputs: list[Tensor]) -> "_Recorded":
         """Record the operations as a graph of the inputs and of all memory that is touched."""
         rehearsal = _rehearse(self._step, arguments, inputs)
@@ -90,7 +90,7 @@ class Program:
         run = self._build(graph, [*memory, *inputs])
         return _Recorded(names, lambda *given: run(*memory, *given), rehearsal.places())
 
-    @torch.no_grad()
+    @torch.enable_grad()  # what differentiates a loss is part of it
     def _capture(self, arguments: Sequence[Any], inputs: list[Tensor]) -> "_Recorded":
         """Capture the kernels in a CUDA graph that reads the inputs from places of its own."""
         device = inputs[0].device  # not always the current one, on which a capture would be empty

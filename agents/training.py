@@ -11,49 +11,21 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from agents.agent import Agent, AgentConfig, check
 from agents.evaluation import Evaluation, Evaluator
-from agents.guard import EnvironmentFault, Guard, NonFiniteError
-from agents.limits import check
 from agents.networks import stack_members
+from agents.nonfinite import NonFiniteError
 from agents.pixels import FrameReplay
 from agents.presets import ALGORITHMS
 from agents.program import Program, require_compiler
 from agents.replay import Batch, Replay
 from agents.seeding import Purpose, episode_seed, evaluation_seeds, generators
 from agents.spaces import interface, make_env
-from polyak_rl import TargetNetwork
 
 EPISODES_SHOWN = 10_000
 """Points in a curve of training episodes beyond which some are left out."""
-
-
-class Agent(Protocol):
-    """What the loop needs of an algorithm; every tensor begins with the seeds' dimension S."""
-
-    config: Any
-    policy: nn.Module
-    """acts, and is what averages are taken of"""
-    guard: Guard
-    """notices gradients that are not finite"""
-    optimizers: Sequence[torch.optim.Optimizer]
-    targets: dict[str, TargetNetwork]
-
-    def explore(self, obs: Tensor, step: int) -> Tensor:
-        """Actions of the behaviour policy at an environment step."""
-        ...
-
-    learn: Callable[..., dict[str, Tensor]]
-    """what of `update` can be one program"""
-
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step; tags with values [S, ...] on the device, shown by their means."""
-        ...
-
-    def charts(self, step: int) -> dict[str, float]:
-        """Tags of what the agent's schedules say at an environment step."""
-        ...
 
 
 class Log(Protocol):
@@ -93,9 +65,13 @@ class TrainConfig:
     device: str = "cpu"
     """where networks and replay buffer live, as torch names it"""
     compile: bool = False
-    """make the gradient step one program, for adam and a constant rate; its numbers are read once.
+    """make the gradient step one program, for a constant learning rate; its numbers are read once.
     On CPU it is compiled, by a C++ compiler in some ten seconds, each step the same to rounding; on
     CUDA it is a captured graph"""
+
+
+class EnvironmentFault(RuntimeError):
+    """An environment raised, or returned what its spaces do not allow."""
 
 
 class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
@@ -202,7 +178,7 @@ class Training:
     def __init__(
         self,
         algo: str,
-        agent_config: Any,
+        agent_config: AgentConfig,
         config: TrainConfig,
         seeds: Sequence[int] = (1,),
         logs: Sequence[Log] = (),
@@ -214,8 +190,6 @@ class Training:
         self.seeds = tuple(seeds)
         self.logs = tuple(logs)
         _check_seeds(self.seeds, self.logs, envs is not None)
-        if agent_config.optimizer == "polyak_sgd" and len(self.seeds) > 1:
-            raise ValueError("polyak_sgd trains one seed: several would share one step size")
         if agent_config.buffer_size < config.n_envs:
             raise ValueError(
                 f"buffer_size must be at least n_envs = {config.n_envs}, "
@@ -225,7 +199,7 @@ class Training:
             raise ValueError("on_nonfinite skip trains one seed: several would skip together")
         self.device = torch.device(config.device)
         if config.compile:
-            _check_compile(config, agent_config, self.device)
+            _check_compile(config, self.device)
         self.envs = _vector_env(config, self.seeds) if envs is None else envs
         self.autoreset = self.envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         self.interface = interface(
@@ -250,7 +224,7 @@ class Training:
             members=len(self.seeds),
             device=self.device,
         )
-        self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.optimizers]
+        self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.descent.optimizers.values()]
         self.sampling = generators(Purpose.REPLAY, self.seeds, self.device)
 
         self.evaluator = Evaluator(config.env_id, self.interface, self.device)
@@ -315,10 +289,10 @@ class Training:
         if self.agent.config.tau_end is not None:
             for target in self.agent.targets.values():
                 target.tau = self._tau()
-        if self.agent.guard.full:
+        if self.agent.descent.watch.full:
             self.require_finite()
         self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays
-        self.agent.guard.count(self.step)
+        self.agent.descent.watch.count(self.step)
         self.updates += 1
         for record in self.recorders:
             record()
@@ -329,8 +303,8 @@ class Training:
         Raises:
             NonFiniteError: A gradient was not finite, and `on_nonfinite` is "stop".
         """
-        first_update = self.updates - len(self.agent.guard.env_steps) + 1
-        bad = self.agent.guard.read()
+        first_update = self.updates - len(self.agent.descent.watch.env_steps) + 1
+        bad = self.agent.descent.watch.read()
         if bad and self.config.on_nonfinite == "stop":
             raise NonFiniteError(
                 f"the gradient of {bad[0].network} of seed {self.seeds[bad[0].member]} was not "
@@ -488,7 +462,8 @@ class Training:
         """The weight in the next update of a soft target: on a line from `tau` to `tau_end`."""
         c = self.agent.config
         progress = self.updates / max(1, self.total_updates)
-        return float(c.tau + progress * (c.tau_end - c.tau))
+        end = c.tau if c.tau_end is None else c.tau_end
+        return c.tau + progress * (end - c.tau)
 
     def _log_diagnostics(self) -> None:
         step, now = self.logged_at
@@ -555,9 +530,7 @@ def _check_seeds(seeds: tuple[int, ...], logs: tuple[Log, ...], own_envs: bool) 
         raise ValueError(f"a vector environment of your own trains one seed, got {len(seeds)}")
 
 
-def _check_compile(config: TrainConfig, agent_config: Any, device: torch.device) -> None:
-    if agent_config.optimizer != "adam":
-        raise ValueError(f"compile needs the optimizer adam, got {agent_config.optimizer!r}")
+def _check_compile(config: TrainConfig, device: torch.device) -> None:
     if config.lr_decay != "constant":
         raise ValueError(f"compile needs a constant learning rate, got {config.lr_decay!r}")
     if device.type == "cpu":

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from agents.averaging import PolicyAverages
 from agents.checkpoint import Checkpoints, newest, restore
-from agents.memory import keep_freed_memory
+from agents.malloc import keep_freed_memory
 from agents.presets import preset
 from agents.seeding import Purpose, evaluation_seeds
 from agents.training import TrainConfig, Training

@@ -36,13 +36,13 @@ from agents.averaging import PolicyAverages, default_rules
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.guard import EnvironmentFault, NonFiniteError
-from agents.memory import keep_freed_memory
+from agents.malloc import keep_freed_memory
 from agents.networks import select_member, stack_members
+from agents.nonfinite import NonFiniteError
 from agents.presets import ALGORITHMS, preset
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
-from agents.training import TrainConfig, Training, crossings
+from agents.training import EnvironmentFault, TrainConfig, Training, crossings
 from scripts.enjoy import drawn_env, open_env, play
 from scripts.run_folder import RunFolder, new_run_folder
 
