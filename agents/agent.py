@@ -126,6 +126,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "eval_every": (0, math.inf),
     "eval_episodes": (1, 2**20),
     "log_every": (1, math.inf),
+    "lr_decay_until": (1e-12, 1.0),
+    "lr_floor": (0.0, 1.0),
 }
 
 

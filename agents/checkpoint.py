@@ -33,12 +33,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.averaging import PolicyAverages
 from agents.evaluation import Evaluation
 from agents.optimizers import Descent
 from agents.training import EpisodeSeeds, Training
+from polyak_rl import PolicyAverages
 
-SCHEMA = 4
+SCHEMA = 5
 
 State = dict[str, Any]
 
@@ -71,6 +71,11 @@ class Checkpoint:
     def step(self) -> int:
         """Environment steps taken, per seed."""
         return int(self.state["clocks"]["step"])
+
+    @property
+    def extra(self) -> State:
+        """What `Checkpoints.save` was given besides."""
+        return dict(self.state.get("extra", {}))
 
     def transitions(self, piece: tuple[int, int]) -> bytes:
         """What is in a replay file."""
@@ -115,8 +120,11 @@ class Checkpoints:
         self.pieces = list(after.pieces or []) if after else []
         self.sha256 = dict(after.sha256) if after else {}
 
-    def save(self) -> None:
+    def save(self, extra: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint, and remove what neither it nor the one before it needs.
+
+        Args:
+            extra: Tensors and plain values of the caller's, for `Checkpoint.extra`.
 
         Raises:
             OSError: It cannot be written; the checkpoints that were there still are.
@@ -128,7 +136,7 @@ class Checkpoints:
         if self.replay:
             pieces = self._write_new_transitions(sums)
         name = f"{number:06d}.pt"
-        state = training_state(self.training, self.averages)
+        state = training_state(self.training, self.averages) | {"extra": dict(extra or {})}
         write_whole(self.folder / name, lambda file: _save_tensors(state, file))
         sums[name] = _digest(self.folder / name)
         record = {
@@ -252,8 +260,8 @@ def describe(training: Training, averages: PolicyAverages | None) -> State:
         "agent": dataclasses.asdict(training.agent.config),
         "observation size": spaces.obs_dim,
         "action size": spaces.action_dim,
-        "averages": [*averages.bank.rules] if averages else None,
-        "segments": averages.timeline.capacity if averages else None,
+        "averages": [*averages.rules] if averages else None,
+        "segments": averages.timeline.capacity if averages and averages.timeline else None,
     }
     plain: State = json.loads(json.dumps(record))
     return plain
@@ -283,12 +291,7 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
             for name, part in _parts(training.agent).items()
         },
         "sampling": [generator.get_state() for generator in training.sampling],
-        "averages": {
-            "bank": averages.bank.state_dict(),
-            "timeline": averages.timeline.state_dict(),
-        }
-        if averages
-        else None,
+        "averages": averages.state_dict() if averages else None,
         "losses": {tag: loss.clone() for tag, loss in training.losses.items()},
         "evaluations": {
             scheme: [torch.from_numpy(x.copy()) for x in result]
@@ -407,8 +410,7 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
     for generator, position in zip(training.sampling, state["sampling"], strict=True):
         generator.set_state(position)
     if averages:
-        averages.bank.load_state_dict(state["averages"]["bank"])
-        averages.timeline.load_state_dict(state["averages"]["timeline"])
+        averages.load_state_dict(state["averages"])
     training.losses = {tag: x.to(training.device) for tag, x in state["losses"].items()}
     training.evaluations = {
         scheme: Evaluation(returns.numpy(), lengths.numpy())

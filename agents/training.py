@@ -53,11 +53,15 @@ class TrainConfig:
     n_envs: int = 1
     """environments side by side; each adds to the same count of steps"""
     eval_every: int | None = None
-    """environment steps between two evaluations; None: a twentieth of all"""
+    """environment steps between two evaluations; None: a twentieth of all; 0: there are none"""
     eval_episodes: int = 20
     """episodes in an evaluation"""
     lr_decay: Literal["constant", "linear"] = "constant"
-    """learning rates as they are, or falling linearly to 0 at the last gradient step"""
+    """learning rates as they are, or falling linearly towards 0"""
+    lr_decay_until: float = 1.0
+    """share of the gradient steps at which a linear decay would reach 0"""
+    lr_floor: float = 0.0
+    """share of the learning rate below which a linear decay does not fall"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """what a NaN or an infinity does: end the run, or be left out and counted (one seed only)"""
     log_every: int = 1000
@@ -162,7 +166,8 @@ class Training:
         step: Environment steps taken, per seed.
         updates: Gradient steps taken.
         recorders: Called after every gradient step; averages of the policy's weights go here.
-        schemes: Name -> function that returns policy weights; each is evaluated. "last" is there.
+        schemes: Name -> function that returns policy weights, which are evaluated, or None where
+            there are none yet. "last" is there.
         diagnostics: Functions that return tags with values [S], called for a log line.
         stopping: Set it to end `run` after the step under way.
         skipped: Transitions and gradient steps that were left out, with `on_nonfinite="skip"`.
@@ -228,11 +233,12 @@ class Training:
         self.sampling = generators(Purpose.REPLAY, self.seeds, self.device)
 
         self.evaluator = Evaluator(config.env_id, self.interface, self.device)
-        self.eval_every = config.eval_every or max(1, config.total_steps // 20)
+        twentieth = max(1, config.total_steps // 20)
+        self.eval_every = twentieth if config.eval_every is None else config.eval_every
         self.eval_seeds = np.stack(
             [evaluation_seeds(config.env_id, seed, config.eval_episodes) for seed in self.seeds]
         )
-        self.schemes: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+        self.schemes: dict[str, Callable[[], Mapping[str, Tensor] | None]] = {
             "last": lambda: dict(self.agent.policy.named_parameters())
         }
         self.recorders: list[Callable[[], None]] = []
@@ -263,7 +269,7 @@ class Training:
             self.advance()
             on_step()
         self.require_finite()
-        if self.evaluated_at < self.step >= self.config.total_steps:
+        if self.eval_every and self.evaluated_at < self.step >= self.config.total_steps:
             self.evaluate()
 
     def advance(self) -> None:
@@ -278,14 +284,14 @@ class Training:
                 self.gradient_step(batch)
         if self.logs and crossings(before, self.step, self.config.log_every):
             self._log_diagnostics()
-        if crossings(before, self.step, self.eval_every):
+        if self.eval_every and crossings(before, self.step, self.eval_every):
             self.evaluate()
 
     def gradient_step(self, batch: Batch) -> None:
         """Let the agent learn from a batch, and the recorders record what came of it."""
         if self.config.lr_decay == "linear":
             for optimizer, rate in self.rates:
-                optimizer.param_groups[0]["lr"] = rate * (1 - self.updates / self.total_updates)
+                optimizer.param_groups[0]["lr"] = rate * self._decay()
         if self.agent.config.tau_end is not None:
             for target in self.agent.targets.values():
                 target.tau = self._tau()
@@ -315,7 +321,8 @@ class Training:
 
     def evaluate(self) -> None:
         """Play the evaluation episodes with the policy of every scheme."""
-        states = {scheme: weights() for scheme, weights in self.schemes.items()}
+        weights = {scheme: give() for scheme, give in self.schemes.items()}
+        states = {scheme: state for scheme, state in weights.items() if state is not None}
         self.evaluations = self.play(states, self.eval_seeds)
         for scheme, (returns, lengths) in self.evaluations.items():
             for member, log in enumerate(self.logs):
@@ -457,6 +464,12 @@ class Training:
                     )
                 for parameter in group["params"]:
                     _ = parameter.grad  # raises where the network was changed
+
+    def _decay(self) -> float:
+        """The share of the learning rate that a linear decay leaves at the next gradient step."""
+        c = self.config
+        left = 1 - self.updates / (c.lr_decay_until * self.total_updates)
+        return max(c.lr_floor, left)
 
     def _tau(self) -> float:
         """The weight in the next update of a soft target: on a line from `tau` to `tau_end`."""

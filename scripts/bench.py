@@ -5,8 +5,8 @@
     python -m scripts.bench --device cuda            # adds launches and bandwidth
 
 This file says what is compared, and which ratios must be reached. Contenders take turns
-(`scripts.timing`), ours beside other libraries (`scripts.rivals`) and beside what cannot be beaten
-(`scripts.floors`). The process is pinned to as many cores as it has threads. Libraries that are not
+(`bench_cases/timing.py`), ours beside other libraries (`rivals.py`) and what cannot be beaten
+(`floors.py`). The process is pinned to as many cores as it has threads. Libraries that are not
 installed are left out (extra `bench`).
 
 Written under `--out`: `bench.md` to read, and `bench.json` with every round of every contender.
@@ -31,7 +31,7 @@ import tyro
 from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
-from agents.averaging import PolicyAverages, default_rules
+from agents.averaging import default_rules, record_policy
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.presets import preset
@@ -41,11 +41,19 @@ from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training
 from polyak_rl import AverageBank, Ema, Power, Rule, TargetNetwork, Uniform, Window, flatten_
 from polyak_rl import soft_update as polyak_soft_update
-from scripts.bench_report import machine, to_json, to_markdown
-from scripts.counting import GRAPH_LAUNCH, allocated, flops, held, launches
-from scripts.floors import COPY, bare_updates, gemms, on_one_vector
-from scripts.rivals import AVERAGED_MODEL, CLEANRL, SB3, SBX, fill, rival_agents, rival_updates
-from scripts.timing import Bench, Clock, Contender, Goal, pinned
+from scripts.bench_cases.counting import GRAPH_LAUNCH, allocated, flops, held, launches
+from scripts.bench_cases.floors import COPY, bare_updates, gemms, on_one_vector
+from scripts.bench_cases.rivals import (
+    AVERAGED_MODEL,
+    CLEANRL,
+    SB3,
+    SBX,
+    fill,
+    rival_agents,
+    rival_updates,
+)
+from scripts.bench_cases.tables import machine, to_json, to_markdown
+from scripts.bench_cases.timing import Bench, Clock, Contender, Goal, pinned
 
 Section = Literal["updates", "steps", "loops", "averaging", "memory", "scaling", "gpu"]
 
@@ -413,7 +421,7 @@ def averaging(bench: Bench, options: Options) -> None:
     training = filled_training("sac", "HalfCheetah-v5", SACConfig(), bench.device)
     recorders: dict[str, list[Callable[[], None]]] = {PLAIN: []}
     for name, rules in ((DEFAULT, default_rules), (TWELVE, twelve_rules)):
-        PolicyAverages(training, rules(training.total_updates))
+        record_policy(training, rules(training.total_updates))
         recorders[name], training.recorders = training.recorders, []
     # All contenders train one agent, so that they differ in the averages alone.
     calls = {name: [partial(learn, training), *records] for name, records in recorders.items()}
@@ -445,7 +453,7 @@ def memory(bench: Bench, options: Options) -> None:
     policy = training.agent.policy
     bench.value("parameters of SAC's actor", sum(p.nbytes for p in policy.parameters()), "bytes")
     for name, rules in ((DEFAULT, default_rules), (TWELVE, twelve_rules)):
-        kept = PolicyAverages(training, rules(training.total_updates))
+        kept = record_policy(training, rules(training.total_updates))
         bench.value(f"bank, {name}", held(kept.bank, without=policy), "bytes")
     bench.value("timeline of 256 segments", held(kept.timeline, without=policy), "bytes")
     bench.value("a transition in the replay buffer", training.replay.rows.nbytes / ROWS, "bytes")

@@ -3,7 +3,7 @@
     python -m scripts.compare --tier s                         # minutes; also `make compare`
     python -m scripts.compare --algo dqn --env-id CartPole-v1 --seeds 20
     python -m scripts.compare --tier m --workers 2             # hours; start it again to go on
-    python -m scripts.compare --tier l --ray auto              # on a cluster: scripts/cluster.py
+    python -m scripts.compare --tier l --ray auto              # on a cluster: experiment/cluster.py
 
 Plans the runs, does what is missing, one process a run, and writes `results/results.csv.gz` (a row
 an evaluation episode) and `results/runs.json` (what became of each planned run) under `--out`.
@@ -30,7 +30,8 @@ import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agents.presets import ALGORITHMS
-from scripts.experiment import Job, plain, read_job
+from scripts.experiment.measurement import Job, plain, read_job
+from scripts.experiment.study import CELLS, FIRST_SEED
 
 COLUMNS = ("run", "env", "algo", "seed", "variant", "scheme", "step", "episode", "return")
 TRIES = 3  # of a run that is killed
@@ -77,8 +78,8 @@ SMOKE = {"points": 10, "episodes": 5, "final_episodes": 10}  # tier s
 class Options:
     """What to compare, and how."""
 
-    tier: Literal["s", "m", "l"] | None = None
-    """a set of runs: s takes minutes, m hours, l a cluster"""
+    tier: Literal["s", "m", "l", "study"] | None = None
+    """a set of runs: s takes minutes, m hours, l a cluster; study is the registered one"""
     algo: str | None = None
     """instead of a tier: one algorithm, with --env-id"""
     env_id: str | None = None
@@ -157,6 +158,8 @@ def plan(options: Options) -> list[Job]:
             )
     if options.num_gpus and options.ray is None:
         raise ValueError("num-gpus is for --ray: without it, runs are on the CPU")
+    if options.tier == "study":
+        return study(options)
     if options.tier is not None:
         grid = TIERS[options.tier]
     else:
@@ -166,7 +169,7 @@ def plan(options: Options) -> list[Job]:
     common: dict[str, Any] = {"device": "cuda" if options.num_gpus else "cpu"}
     if options.tier == "s":
         common |= SMOKE
-    jobs = []
+    jobs: list[Job] = []
     for algo, env_id, seeds, changes in grid:
         if algo not in ALGORITHMS:
             raise ValueError(f"algo must be one of {', '.join(ALGORITHMS)}, got {algo!r}")
@@ -180,6 +183,18 @@ def plan(options: Options) -> list[Job]:
                 group = tuple(every[i : i + options.together])
                 jobs.append(dataclasses.replace(variant, seeds=group))
     return jobs
+
+
+def study(options: Options) -> list[Job]:
+    """The jobs of the registered study, which nothing but the way they are run can change."""
+    fixed = ("seeds", "first_seed", "total_steps", "lr_decay", "targets", "together", "num_gpus")
+    if any(getattr(options, name) != getattr(Options(), name) for name in fixed):
+        raise ValueError(f"the registered study fixes {', '.join(fixed)}: leave them out")
+    return [
+        Job(cell.algo, cell.env_id, tuple(range(first, first + cell.together)), **cell.changes)
+        for cell in CELLS
+        for first in range(FIRST_SEED, FIRST_SEED + cell.runs, cell.together)
+    ]
 
 
 def variants(base: Job, options: Options) -> list[Job]:
@@ -234,7 +249,7 @@ class Process(Protocol):
 
 def execute_on_ray(jobs: list[Job], options: Options) -> list[Job]:
     """Do the jobs on Ray, which queues all of them; returns those that failed."""
-    from scripts import cluster  # Ray is there for those who ask for it
+    from scripts.experiment import cluster  # Ray is there for those who ask for it
 
     assert options.ray is not None
     with cluster.connected(
@@ -368,8 +383,14 @@ def describe(job: Job, name: str, seed: int, out: Path) -> dict[str, Any]:
         "variant": job.variant,
         "status": status,
         "seconds": end.get("seconds"),
+        "evaluating": end.get("evaluating"),
         "commit": end.get("commit", ""),
-        "config": {**config, "lr_decay": job.lr_decay},
+        "config": {
+            **config,
+            "lr_decay": job.lr_decay,
+            "lr_decay_until": job.lr_decay_until,
+            "lr_floor": job.lr_floor,
+        },
     }
 
 

@@ -28,9 +28,17 @@ import matplotlib
 import numpy as np
 import tyro
 
-from scripts import stats
-from scripts.analysis import Comparison, choose, compare, iqm_of, mean_of, stability, weigh
-from scripts.figures import (
+from scripts.experiment import stats
+from scripts.experiment.analysis import (
+    Comparison,
+    choose,
+    compare,
+    iqm_of,
+    mean_of,
+    stability,
+    weigh,
+)
+from scripts.experiment.figures import (
     STYLE,
     draw_curves,
     draw_decay,
@@ -43,8 +51,8 @@ from scripts.figures import (
     line_points,
     paired,
 )
-from scripts.page import Page
-from scripts.tidy import (
+from scripts.experiment.page import Page
+from scripts.experiment.tidy import (
     BASE,
     FEWEST,
     FIRM,
@@ -59,7 +67,16 @@ from scripts.tidy import (
     read_runs,
     result_files,
 )
-from scripts.wording import averaging, counted, finding, interval, listing, number, p_value, percent
+from scripts.experiment.wording import (
+    averaging,
+    counted,
+    finding,
+    interval,
+    listing,
+    number,
+    p_value,
+    percent,
+)
 
 WORDS = {
     "better": "better",

@@ -11,10 +11,10 @@ from agents.dqn import DQNConfig
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
 from scripts import bench
-from scripts.bench_report import figure
-from scripts.counting import flops, held
-from scripts.floors import gemms, products
-from scripts.timing import Bench, Case, Goal, Spread, pinned
+from scripts.bench_cases.counting import flops, held
+from scripts.bench_cases.floors import gemms, products
+from scripts.bench_cases.tables import figure
+from scripts.bench_cases.timing import Bench, Case, Goal, Spread, pinned
 
 CPU = torch.device("cpu")
 

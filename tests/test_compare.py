@@ -5,13 +5,14 @@ import signal
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
 
 from scripts import compare, report
 from scripts.compare import Options, plan
-from scripts.experiment import CORE, Job, run
+from scripts.experiment.measurement import Job, run
+from scripts.experiment.schemes import SCHEMES
+from scripts.experiment.study import CELLS
 
 TINY = {
     "total_steps": 600,
@@ -75,26 +76,42 @@ def test_contradictory_options_are_refused(options, message):
         plan(options)
 
 
+def test_the_study_is_its_cells_in_order_and_takes_no_other_settings():
+    jobs = plan(Options(tier="study", workers=1))
+    assert sum(len(job.seeds) for job in jobs) == sum(cell.runs for cell in CELLS) == 288
+    assert [(job.env_id, job.variant, job.seeds) for job in jobs[:3]] == [
+        ("CartPole-v1", "", tuple(range(201, 221))),
+        ("LunarLander-v3", "", (201, 202, 203, 204)),
+        ("LunarLander-v3", "", (205, 206, 207, 208)),
+    ]
+    assert {min(job.seeds) for job in jobs if job.variant} == {201}
+    rates = {job.variant: job.agent_config().learning_rate for job in jobs}
+    assert rates["lr=x0.25"] * 8 == rates["lr=x2"] == 2 * jobs[0].agent_config().learning_rate
+    soft = next(job.agent_config() for job in jobs if job.variant == "target=soft:0.0155")
+    assert (1 - soft.tau) / soft.tau == pytest.approx((128 - 1) / 2)
+    names = [name for job in jobs for name in job.run_names()]
+    assert len(set(names)) == 288
+    with pytest.raises(ValueError, match="the registered study fixes seeds"):
+        plan(Options(tier="study", seeds=5))
+
+
 def test_a_run_evaluates_every_scheme_on_common_episodes(tmp_path):
-    job = Job("ddpg", "Pendulum-v1", (3,), **{**TINY, "agent": {**TINY["agent"], "train_every": 1}})
+    agent = {**TINY["agent"], "train_every": 1}
+    job = Job("ddpg", "Pendulum-v1", (3,), **{**TINY, "agent": agent, "points": 20})
     torch.set_num_threads(1)
     run(job, tmp_path)
-    with (tmp_path / job.run_names()[0] / "evaluations.csv").open(newline="") as file:
+    with (tmp_path / "Pendulum-v1__ddpg__3" / "evaluations.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     steps = sorted({int(row["step"]) for row in found})
-    assert steps == [100, 200, 300, 400, 500, 600]
+    assert steps == list(range(30, 601, 30))
     counts = {
         (scheme, step): sum(r["scheme"] == scheme and int(r["step"]) == step for r in found)
-        for scheme in {row["scheme"] for row in found}
+        for scheme in SCHEMES
         for step in steps
     }
-    for scheme in CORE:
-        assert [counts[scheme, step] for step in steps] == [2, 2, 2, 2, 2, 3]
-    for scheme in ("suffix90", "ema0.1", "power6.94", "lawa", "target"):
-        assert [counts[scheme, step] for step in steps] == [0, 2, 2, 2, 2, 2]
-    for scheme in ("placebo", "best"):
-        assert [counts[scheme, step] for step in steps] == [0, 2, 2, 2, 2, 3]
-    assert counts["line0.25", 600] == 2
+    episodes = {"always": [2] * 19, "late": [0] * 15 + [2] * 4, "end": [0] * 19}
+    for name, scheme in SCHEMES.items():
+        assert [counts[name, step] for step in steps] == [*episodes[scheme.when], 3]
 
     def returns(scheme, step):
         return [
@@ -102,10 +119,10 @@ def test_a_run_evaluates_every_scheme_on_common_episodes(tmp_path):
         ]
 
     # before any gradient step all schemes are one policy, on the same episodes
-    assert returns("last", 100) == returns("uniform0", 100) == returns("ema1", 100)
-    # the line begins at the last weights and ends at the average's
-    assert returns("line0", 600) == returns("last", 600)[:2]
-    np.testing.assert_allclose(returns("line1", 600), returns("suffix50", 600)[:2], rtol=1e-6)
+    assert returns("last", 90) == returns("tail25", 90) == returns("tail50", 90)
+    # a checkpoint is the iterate of then; the episodes of the end begin with those of then
+    for percent in (75, 80, 85, 90, 95):
+        assert returns(f"checkpoint{percent}", 600)[:2] == returns("last", 6 * percent)
     # the placebo plays other episodes
     assert returns("placebo", 600) != returns("last", 600)
 
@@ -171,7 +188,8 @@ def test_the_smallest_tier_runs_to_its_report(tmp_path):
     table = rows(tmp_path)
     assert {row["env"] for row in table} == {"CartPole-v1", "Pendulum-v1"}
     assert set(table[0]) == set(compare.COLUMNS)
-    report.main([str(tmp_path / "results"), "--out", str(tmp_path / "report")])
+    primary = ["--primary", "tail50"]
+    report.main([str(tmp_path / "results"), "--out", str(tmp_path / "report"), *primary])
     text = (tmp_path / "report" / "report.md").read_text()
     assert "CartPole-v1" in text
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from scripts import experiment
-from scripts.experiment import Job, checkpoint_folder, run
+from scripts.experiment import measurement
+from scripts.experiment.measurement import Job, checkpoint_folder, run
 from tests.test_compare import TINY
 
 DQN = Job("dqn", "CartPole-v1", (1,), **TINY)
@@ -57,7 +57,7 @@ def test_a_run_that_is_killed_goes_on_with_the_same_numbers(job, tmp_path, monke
         def kill(*_):
             raise Killed
 
-        patch.setattr(experiment, "save", kill)
+        patch.setattr(measurement, "save", kill)
         with pytest.raises(Killed):
             run(job, out)
     run(job, out)
@@ -84,7 +84,7 @@ def test_a_run_of_something_else_begins_anew(what, tmp_path, monkeypatch):
     if what == "settings":
         job = dataclasses.replace(DQN, episodes=1)
     if what == "commit":
-        monkeypatch.setattr(experiment, "commit", lambda: "another")
+        monkeypatch.setattr(measurement, "commit", lambda: "another")
     if what == "checkpoints":
         for path in checkpoint_folder(DQN, tmp_path).glob("*.json"):
             path.write_text("{}")
@@ -106,10 +106,10 @@ def test_where_resuming_is_not_exact_a_run_begins_anew(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
-    def full(self):
+    def full(self, extra):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(experiment.Checkpoints, "save", full)
+    monkeypatch.setattr(measurement.Checkpoints, "save", full)
     run(DQN, tmp_path)
     assert all(finished for _, finished in tables(DQN, tmp_path))
     warnings = capsys.readouterr().err.splitlines()

@@ -67,7 +67,7 @@ def _environments():
 
 def make(algo, steps=60, seeds=(3,), n_envs=1, **options):
     env_id = "test/Faulty-v0" if algo == "dqn" else "test/FaultyBox-v0"
-    config = TrainConfig(env_id, steps, n_envs=n_envs, eval_every=10**6, **options)
+    config = TrainConfig(env_id, steps, n_envs=n_envs, eval_every=0, **options)
     return Training(algo, CONFIGS[algo], config, seeds)
 
 
@@ -242,7 +242,7 @@ def test_a_bad_gradient_is_found_at_the_next_log_line_not_only_at_the_end():
         def evaluation(self, *args):
             pass
 
-    config = TrainConfig("test/Faulty-v0", 60, eval_every=10**6, log_every=20)
+    config = TrainConfig("test/Faulty-v0", 60, eval_every=0, log_every=20)
     training = Training("dqn", CONFIGS["dqn"], config, (3,), logs=[Log()])
     poison(training, "q", at={3})
     with pytest.raises(NonFiniteError, match="gradient step 3,"):

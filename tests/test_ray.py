@@ -10,7 +10,7 @@ import pytest
 import scripts
 from scripts import compare
 from scripts.compare import Options
-from scripts.experiment import Job, checkpoint_folder
+from scripts.experiment.measurement import Job, checkpoint_folder
 from tests.test_compare import TINY, execute
 from tests.test_experiment import resumed_at
 
@@ -18,7 +18,7 @@ pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster
 
-from scripts import cluster
+from scripts.experiment import cluster
 
 JOB = Job("dqn", "CartPole-v1", (1, 2), **{**TINY, "total_steps": 6_000})
 STORE = {"object_store_memory": cluster.OBJECT_STORE}
@@ -106,7 +106,7 @@ def test_an_address_without_a_cluster_is_refused(address, tmp_path, capsys):
 
 
 def test_without_ray_the_error_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "scripts.cluster")
+    monkeypatch.delitem(sys.modules, "scripts.experiment.cluster")
     monkeypatch.delattr(scripts, "cluster")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert compare.main(["--tier", "s", "--ray", "local", "--out", str(tmp_path)]) == 2

@@ -10,8 +10,9 @@ import re
 import numpy as np
 import pytest
 
-from scripts import analysis, report, stats
-from scripts.tidy import COLUMNS, SCALES, Stratum, read_results
+from scripts import report
+from scripts.experiment import analysis, stats
+from scripts.experiment.tidy import COLUMNS, SCALES, Stratum, read_results
 
 LATE = ["suffix90", "suffix75", "suffix25", "suffix10", "ema0.1", "ema0.3", "ema3", "ema10"]
 LATE += ["power6.94", "power16.97", "lawa", "best", "placebo"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from scripts import stats
+from scripts.experiment import stats
 
 
 @pytest.fixture

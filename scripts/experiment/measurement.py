@@ -11,7 +11,6 @@ way. `scripts.compare` starts these; a single one is started by
 
 import contextlib
 import dataclasses
-import functools
 import json
 import shutil
 import subprocess
@@ -23,48 +22,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.averaging import PolicyAverages
+from agents.averaging import record_policy
 from agents.checkpoint import Checkpoints, newest, restore
-from agents.malloc import keep_freed_memory
 from agents.presets import preset
 from agents.seeding import Purpose, evaluation_seeds
 from agents.training import TrainConfig, Training
-from polyak_rl import Ema, Power, Rule, Tail, Uniform, Window, weighted_average
-from scripts.run_folder import RunFolder
-
-CORE = ("last", "suffix50", "uniform0", "ema1")
-"""Evaluated at every point, and on more episodes at the end."""
-
-LATE_POINTS = 5
-"""Evaluations at the end of a run that see every scheme; the endpoint is the mean over them."""
-
-LINE = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
-"""Where the return is taken along the line from the last weights (0) to the average's (1)."""
-
-FROM_TIMELINE: dict[str, Rule] = {
-    "suffix50": Tail(0.5),
-    "uniform0": Uniform(),
-    "suffix90": Tail(0.9),
-    "suffix75": Tail(0.75),
-    "suffix25": Tail(0.25),
-    "suffix10": Tail(0.1),
-    "power6.94": Power(sigma_rel=0.1),
-    "power16.97": Power(sigma_rel=0.05),
-}
-
-
-def in_bank(updates: int) -> dict[str, Rule]:
-    """Averages that are too fine for the timeline; periods are shares of the run's updates."""
-    half_lives = {"ema0.1": 0.001, "ema0.3": 0.003, "ema1": 0.01, "ema3": 0.03, "ema10": 0.1}
-    rules: dict[str, Rule] = {
-        name: Ema(half_life=max(1.0, share * updates)) for name, share in half_lives.items()
-    }
-    rules["lawa"] = Window(size=5, every=max(1, updates // 100))  # the last 5 % of the run
-    return rules
+from scripts.experiment.run_folder import RunFolder
+from scripts.experiment.schemes import LATE, SCHEMES
 
 
 @dataclass(frozen=True)
@@ -81,12 +48,16 @@ class Job:
     agent: Mapping[str, Any] = field(default_factory=dict)
     """fields of the algorithm's config that differ from the preset"""
     lr_decay: Literal["constant", "linear"] = "constant"
+    lr_decay_until: float = 1.0
+    """as in `TrainConfig`"""
+    lr_floor: float = 0.0
+    """as in `TrainConfig`"""
     points: int = 20
     """evaluations, evenly spread"""
     episodes: int = 20
     """episodes in an evaluation"""
     final_episodes: int = 100
-    """episodes of the core schemes at the last point"""
+    """episodes of every scheme at the last point"""
     capacity: int = 256
     """segments of the timeline"""
     device: str = "cpu"
@@ -134,7 +105,7 @@ def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
     started, total = time.perf_counter(), job.steps()
     measure, checkpoints = resume(job, out) or begin(job, out)
     training, about = measure.training, checkpoints.about
-    spent = about["seconds"]
+    spent, evaluating = about["seconds"], about["evaluating"]
     with contextlib.closing(measure):
         for point in range(about["point"] + 1, job.points + 1):
             until = total * point // job.points
@@ -142,14 +113,17 @@ def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
                 training.advance()
                 if training.step % max(1, total // 1000) == 0:
                     report(training.step)
+            began = time.perf_counter()
             measure.at(point)
+            evaluating += time.perf_counter() - began
             seconds = spent + time.perf_counter() - started
-            about |= {"point": point, "seconds": seconds, "measurement": measure.state()}
+            about |= {"point": point, "seconds": seconds, "evaluating": evaluating}
             if point < job.points:
-                save(checkpoints, measure.folders)
+                save(checkpoints, measure)
     for folder in measure.folders:
         end = {
             "seconds": round(seconds / len(job.seeds), 1),
+            "evaluating": round(evaluating / len(job.seeds), 1),  # of these seconds
             "updates": training.updates,
             "commit": commit(),
         }
@@ -166,7 +140,7 @@ def begin(job: Job, out: Path) -> "tuple[Measurement, Checkpoints]":
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir(parents=True)
     measure.open_folders(out)
-    about = {"job": plain(job), "commit": commit(), "point": 0, "seconds": 0.0}
+    about = {"job": plain(job), "commit": commit(), "point": 0, "seconds": 0.0, "evaluating": 0.0}
     folder = checkpoint_folder(job, out)
     return measure, Checkpoints(folder, measure.training, measure.averages, about)
 
@@ -184,7 +158,7 @@ def resume(job: Job, out: Path) -> "tuple[Measurement, Checkpoints] | None":
             return None
     except ValueError:
         return None
-    measure.load_state(about["measurement"])
+    measure.checkpoints = checkpoint.extra
     measure.open_folders(out, resume_at=checkpoint.step)
     with (folder.parent / "resumed.txt").open("a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {checkpoint.step}\n")
@@ -192,12 +166,12 @@ def resume(job: Job, out: Path) -> "tuple[Measurement, Checkpoints] | None":
     return measure, Checkpoints(folder, *parts, after=checkpoint)
 
 
-def save(checkpoints: Checkpoints, folders: list[RunFolder]) -> None:
+def save(checkpoints: Checkpoints, measure: "Measurement") -> None:
     """Write a checkpoint; the run goes on where that fails."""
     try:
-        for folder in folders:
+        for folder in measure.folders:
             folder.sync()
-        checkpoints.save()
+        checkpoints.save(measure.checkpoints)
     except OSError as error:
         at = f"step {checkpoints.training.step:,} of {checkpoints.folder}"
         print(f"warning: the checkpoint at {at} was not written: {error}", file=sys.stderr)
@@ -221,23 +195,39 @@ def commit() -> str:
 
 
 class Measurement:
-    """Evaluates the schemes of a run at its points."""
+    """Evaluates the schemes of a run at its points.
+
+    Attributes:
+        checkpoints: The weights [S, ...] of past iterates that wait for the end, by scheme.
+    """
 
     def __init__(self, job: Job) -> None:
         total = job.steps()
         config = TrainConfig(
-            job.env_id, total, eval_every=total + 1, lr_decay=job.lr_decay, device=job.device
+            job.env_id,
+            total,
+            eval_every=0,  # `at` evaluates
+            lr_decay=job.lr_decay,
+            lr_decay_until=job.lr_decay_until,
+            lr_floor=job.lr_floor,
+            device=job.device,
         )
         self.job = job
         self.training = training = Training(job.algo, job.agent_config(), config, job.seeds)
         self.folders: list[RunFolder] = []
-        self.averages = PolicyAverages(training, in_bank(training.total_updates), job.capacity)
-        self.best: dict[str, Tensor] = self.averages.last()
-        self.best_return = np.full(len(job.seeds), -np.inf)
-        rows = functools.partial(self._episodes, job.final_episodes)
-        self.common = rows(Purpose.EVALUATION)  # [S, E] each
-        self.other = rows(Purpose.PLACEBO)
-        self.fresh = rows(Purpose.ORACLE)
+        rules = {
+            scheme.name: scheme.rule(training.total_updates)
+            for scheme in SCHEMES.values()
+            if scheme.rule is not None
+        }
+        self.averages = record_policy(training, rules, job.capacity)
+        self.checkpoints: dict[str, dict[str, Tensor]] = {}
+        self.common, self.other = (  # [S, E] each
+            np.stack(
+                [evaluation_seeds(job.env_id, s, job.final_episodes, purpose) for s in job.seeds]
+            )
+            for purpose in (Purpose.EVALUATION, Purpose.PLACEBO)
+        )
 
     def open_folders(self, out: Path, resume_at: int | None = None) -> None:
         """Write to the runs' folders from here on; see RunFolder for `resume_at`."""
@@ -254,98 +244,35 @@ class Measurement:
         for folder in self.folders:
             folder.close()
 
-    def state(self) -> dict[str, Any]:
-        """What changes from point to point besides the averages, as plain values of JSON."""
-        best = {name: weights.tolist() for name, weights in self.best.items()}
-        return {"best": best, "best_return": self.best_return.tolist()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
-        self.best = {
-            name: weights.new_tensor(state["best"][name]) for name, weights in self.best.items()
-        }
-        self.best_return = np.array(state["best_return"])
-
     def at(self, point: int) -> None:
         """Evaluate what is due at a point, 1 to `points`, and write it down."""
-        job, late = self.job, point > self.job.points - LATE_POINTS
+        job, final = self.job, point == self.job.points
+        late = point >= LATE * job.points
         # Few segments lie behind an early point: there a border segment may count for a lot.
         self.averages.timeline.max_weight_error = 0.05 if late else 1.0
-        states = {scheme: self.weights(scheme) for scheme in self.schemes(late)}
-        core = {scheme: states.pop(scheme) for scheme in CORE}
-        final = point == job.points
-        self._play(core, self.common, job.final_episodes if final else job.episodes)
-        self._remember_best(core["last"])
-        if not late:
-            return
-        self._play(states, self.common, job.episodes)
-        many = job.final_episodes if final else job.episodes
-        self._play({"placebo": core["last"]}, self.other, many)
-        self._play({"best": self.best}, self.fresh, many)
-        if final:
-            self._play(self.line(core), self.common, job.episodes, curve=False)
+        due = {"always", *["late"] * late, *["end"] * final}
+        for scheme in SCHEMES.values():
+            if scheme.at is not None and scheme.at * job.points == 100 * point:
+                self.checkpoints[scheme.name] = self.averages.last()
+            if scheme.when in due and (weights := self.weights(scheme.name)) is not None:
+                seeds = self.other if scheme.name == "placebo" else self.common
+                self._play(scheme.name, weights, seeds if final else seeds[:, : job.episodes])
 
-    def schemes(self, late: bool) -> list[str]:
-        """The schemes due: the core ones, and late in the run all."""
-        every = [*CORE, *FROM_TIMELINE, *self.averages.bank.rules]
-        if "actor" in self.training.agent.targets:
-            every.append("target")
-        return [*dict.fromkeys(every if late else CORE)]
-
-    def weights(self, scheme: str) -> dict[str, Tensor]:
-        """The policy's weights [S, ...] under a scheme, by name."""
-        if scheme == "last":
+    def weights(self, scheme: str) -> Mapping[str, Tensor] | None:
+        """The policy's weights [S, ...] under a scheme, by name; None where there are none."""
+        if scheme in ("last", "placebo"):
             return self.averages.last()
         if scheme == "target":
-            actor = self.training.agent.targets["actor"].module
-            return {name: p.detach().clone() for name, p in actor.named_parameters()}
-        return self.averages.average(FROM_TIMELINE.get(scheme, scheme))
+            target = self.training.agent.targets.get("actor")
+            return dict(target.module.named_parameters()) if target else None
+        if scheme in self.averages.rules:
+            return self.averages.average(scheme)
+        return self.checkpoints.get(scheme)
 
-    def line(self, core: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Weights along the straight line through the last ones and the average's."""
-        ends = [core["last"], core["suffix50"]]
-        return {f"line{at:g}": weighted_average(ends, [1 - at, at]) for at in LINE}
-
-    def _play(
-        self,
-        states: Mapping[str, Mapping[str, Tensor]],
-        seeds: NDArray[Any],
-        episodes: int,
-        curve: bool = True,
-    ) -> None:
-        results = self.training.play(states, seeds[:, :episodes])
-        for scheme, result in results.items():
-            for folder, returns, lengths in zip(
-                self.folders, result.returns, result.lengths, strict=True
-            ):
-                folder.evaluation(self.training.step, scheme, returns, lengths, curve=curve)
-            if scheme == "last":
-                self.last_return = result.returns.mean(1)
-
-    def _remember_best(self, last: Mapping[str, Tensor]) -> None:
-        better = self.last_return > self.best_return
-        self.best_return = np.where(better, self.last_return, self.best_return)
-        chosen = torch.from_numpy(better).to(self.training.device)
-        self.best = {
-            name: torch.where(chosen.view(-1, *[1] * (last[name].dim() - 1)), last[name], old)
-            for name, old in self.best.items()
-        }
-
-    def _episodes(self, episodes: int, purpose: Purpose) -> NDArray[Any]:
-        env_id = self.job.env_id
-        return np.stack([evaluation_seeds(env_id, s, episodes, purpose) for s in self.job.seeds])
-
-
-def main(argv: list[str]) -> int:
-    """Run the job of a file; the step reached is kept in `<first run>/progress`."""
-    job_file, out = map(Path, argv)
-    job = read_job(job_file)
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    progress = out / job.run_names()[0] / "progress"
-    run(job, out, lambda step: progress.write_text(str(step)) and None)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    def _play(self, scheme: str, weights: Mapping[str, Tensor], seeds: NDArray[Any]) -> None:
+        result = self.training.play({scheme: weights}, seeds)[scheme]
+        curve = SCHEMES[scheme].when != "end"
+        for folder, returns, lengths in zip(
+            self.folders, result.returns, result.lengths, strict=True
+        ):
+            folder.evaluation(self.training.step, scheme, returns, lengths, curve=curve)

@@ -13,12 +13,13 @@ from typing import Any, TextIO, cast
 
 import numpy as np
 
-from scripts import stats
-from scripts.stats import Floats
+from scripts.experiment import schemes, stats
+from scripts.experiment.stats import Floats
 
 COLUMNS = ("run", "env", "algo", "seed", "scheme", "step", "episode", "return")
 BASE = "last"
-NO_AVERAGES = (BASE, "best", "placebo")
+CHECKPOINTS = tuple(name for name in schemes.SCHEMES if name.startswith("checkpoint"))
+NO_AVERAGES = (BASE, "best", "placebo", *CHECKPOINTS)
 LAST_POINTS = 5  # the endpoint is the mean over these
 MARGIN = 0.02  # of the way from a random policy to the reference: smaller does not matter
 TIES = 0.25  # beyond this share of ties an IQM interval does not cover,
@@ -41,8 +42,8 @@ SCALES = {
     "Walker2d-v5": (2.0, 5000.0),
 }
 
-SCHEMES = {  # in the order of the tables
-    "last": "last iterate",
+SCHEMES = {  # in the order of the tables; those of the study, and those of the first one
+    **{name: scheme.label for name, scheme in schemes.SCHEMES.items()},
     "uniform0": "uniform over all of training",
     "suffix90": "uniform over the last 90 %",
     "suffix75": "uniform over the last 75 %",

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scripts import stats
-from scripts.stats import Floats, Interval
-from scripts.tidy import (
+from scripts.experiment import stats
+from scripts.experiment.stats import Floats, Interval
+from scripts.experiment.tidy import (
     BASE,
     FEWEST,
     MANY_TIES,

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts import experiment
-from scripts.experiment import Job
+from scripts.experiment import __main__ as worker
+from scripts.experiment.measurement import Job
 
 # Before the import, which reads them.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -116,7 +116,7 @@ def work(record: Path, out: Path) -> None:
             "machines share, at the same path"
         )
     with alone(record.with_suffix(".lock")):
-        experiment.main([str(record), str(out)])
+        worker.main([str(record), str(out)])
 
 
 @contextlib.contextmanager

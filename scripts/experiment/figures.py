@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scripts import stats
-from scripts.analysis import Comparison, band, iqm_of, mean_of, stability
-from scripts.stats import Floats, Interval
-from scripts.tidy import BASE, FEWEST, MARGIN, SCHEMES, Stratum, present
+from scripts.experiment import stats
+from scripts.experiment.analysis import Comparison, band, iqm_of, mean_of, stability
+from scripts.experiment.stats import Floats, Interval
+from scripts.experiment.tidy import BASE, FEWEST, MARGIN, SCHEMES, Stratum, present
 
 # Okabe and Ito's colours, told apart with any colour vision.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"

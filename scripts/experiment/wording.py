@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scripts.analysis import Comparison
-from scripts.stats import Interval
-from scripts.tidy import (
+from scripts.experiment.analysis import Comparison
+from scripts.experiment.stats import Interval
+from scripts.experiment.tidy import (
     FIRM,
     MARGIN,
     SCHEMES,

@@ -1,0 +1,1 @@
+"""What `scripts.bench` measures: contenders, rivals, floors, timing, counting, tables."""

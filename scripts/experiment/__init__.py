@@ -1,0 +1,1 @@
+"""The experiment: runs and their measurement, results, statistics, figures, report."""

@@ -1,0 +1,64 @@
+"""The registered study: its cells, in the order in which they are run.
+
+What is measured, tested and predicted is in `results/registration.md`, which was written before the
+first of these runs. `python -m scripts.compare --tier study --workers 1` does them, and goes on
+with them when it is started again.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FIRST_SEED = 201
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs of one algorithm on one environment under one setting.
+
+    Attributes:
+        number: Its place in the registration.
+        algo: Name of the algorithm.
+        env_id: Gymnasium's name of the environment.
+        runs: Training seeds, from `FIRST_SEED` on.
+        together: Seeds trained as members of one process.
+        changes: What differs from the protocol, as fields of `scripts.experiment.Job`.
+    """
+
+    number: int
+    algo: str
+    env_id: str
+    runs: int
+    together: int
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def cartpole(number: int, variant: str, **changes: Any) -> Cell:
+    """DQN on CartPole under another setting."""
+    return Cell(number, "dqn", "CartPole-v1", 20, 20, {"variant": variant, **changes})
+
+
+RATE = 2.3e-3  # of the preset for CartPole
+HOPPER = {"total_steps": 100_000}
+
+CELLS = (
+    Cell(1, "dqn", "CartPole-v1", 20, 20),
+    Cell(2, "dqn", "LunarLander-v3", 20, 4),
+    Cell(3, "ddpg", "Hopper-v5", 20, 1, HOPPER),
+    *(
+        cartpole(4, f"lr=x{factor:g}", agent={"learning_rate": factor * RATE})
+        for factor in (0.25, 0.5, 2)
+    ),
+    cartpole(5, "lr=decay75", lr_decay="linear", lr_decay_until=0.75, lr_floor=0.01),
+    *(
+        cartpole(6, f"target=hard:{every}", agent={"target_update_every": every})
+        for every in (32, 512)
+    ),
+    # 2 / (C + 1) has the mean age of copies every C = 128 gradient steps, the preset's
+    cartpole(6, "target=soft:0.0155", agent={"target": "soft", "tau": 2 / 129}),
+    cartpole(6, "target=none", agent={"target": "none"}),
+    Cell(7, "dqn", "Acrobot-v1", 20, 5),
+    Cell(8, "ddpg", "Pendulum-v1", 20, 2),
+    Cell(9, "td3", "Hopper-v5", 10, 1, HOPPER),
+    Cell(10, "sac", "HalfCheetah-v5", 8, 1, {"total_steps": 50_000}),
+    Cell(11, "sac", "Hopper-v5", 10, 1, HOPPER),
+)
