@@ -33,9 +33,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agents.environments import EpisodeSeeds
 from agents.evaluation import Evaluation
 from agents.optimizers import Descent
-from agents.training import EpisodeSeeds, Training
+from agents.training import Training
 from polyak_rl import PolicyAverages
 
 SCHEMA = 5

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.agent import Agent, AgentConfig, check
+from agents.environments import autoreset_of, finite, interface, require_finite, vector_env
 from agents.evaluation import Evaluation, Evaluator
 from agents.networks import stack_members
 from agents.nonfinite import NonFiniteError
@@ -22,7 +22,6 @@ from agents.presets import ALGORITHMS
 from agents.program import Program, require_compiler
 from agents.replay import Batch, Replay
 from agents.seeding import Purpose, episode_seed, evaluation_seeds, generators
-from agents.spaces import interface, make_env
 
 EPISODES_SHOWN = 10_000
 """Points in a curve of training episodes beyond which some are left out."""
@@ -72,69 +71,6 @@ class TrainConfig:
     """make the gradient step one program, for a constant learning rate; its numbers are read once.
     On CPU it is compiled, by a C++ compiler in some ten seconds, each step the same to rounding; on
     CUDA it is a captured graph"""
-
-
-class EnvironmentFault(RuntimeError):
-    """An environment raised, or returned what its spaces do not allow."""
-
-
-class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
-    """Gives every episode a seed of its own, so that any episode can be played again alone.
-
-    Raises:
-        EnvironmentFault: The environment raised, or returned an observation or a reward of another
-            shape; the message says which seed and step reproduce it.
-    """
-
-    def __init__(self, env: gym.Env[Any, Any], seed: int, env_index: int) -> None:
-        super().__init__(env)
-        self.seed = seed
-        self.env_index = env_index
-        self.episode = 0
-        self.reset_seed: int | None = None
-        self.steps = 0
-        self.before = ""  # `where` at the end of the episode before
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Begin the next episode, with its own seed unless one is given."""
-        if seed is None:
-            seed = episode_seed(self.seed, self.env_index, self.episode)
-        self.episode += 1
-        self.before = self.where()
-        self.reset_seed, self.steps = seed, 0
-        try:
-            obs, info = self.env.reset(seed=seed, options=options)
-        except Exception as error:
-            raise self._fault(f"raised {type(error).__name__} in reset: {error}") from error
-        self._check_shape("observation", obs, self.observation_space.shape)
-        return obs, info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step the environment; what goes wrong is named."""
-        self.steps += 1
-        try:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as error:
-            raise self._fault(f"raised {type(error).__name__} in step: {error}") from error
-        self._check_shape("observation", obs, self.observation_space.shape)
-        self._check_shape("reward", reward, ())
-        return obs, reward, terminated, truncated, info
-
-    def where(self) -> str:
-        """What plays the episode again up to now."""
-        return (
-            f"environment {self.env_index} of seed {self.seed}, step {self.steps} of the episode "
-            f"that reset(seed={self.reset_seed}) begins"
-        )
-
-    def _check_shape(self, what: str, value: Any, shape: tuple[int, ...] | None) -> None:
-        if np.shape(value) != shape:
-            raise self._fault(f"returned {what} of shape {np.shape(value)}, not {shape}")
-
-    def _fault(self, what: str) -> EnvironmentFault:
-        return EnvironmentFault(f"the environment {what} ({self.where()})")
 
 
 def crossings(before: int, after: int, every: int) -> int:
@@ -205,12 +141,11 @@ class Training:
         self.device = torch.device(config.device)
         if config.compile:
             _check_compile(config, self.device)
-        self.envs = _vector_env(config, self.seeds) if envs is None else envs
-        self.autoreset = self.envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        self.envs = vector_env(config.env_id, self.seeds, config.n_envs) if envs is None else envs
+        self.autoreset = autoreset_of(self.envs, len(self.seeds) * config.n_envs)
         self.interface = interface(
             self.envs.single_observation_space, self.envs.single_action_space, algo
         )
-        _check_vector_env(self.envs, self.autoreset, len(self.seeds) * config.n_envs)
 
         obs_dim, action_dim = self.interface.obs_dim, self.interface.action_dim
         if config.compile and isinstance(obs_dim, tuple):
@@ -367,7 +302,7 @@ class Training:
     def _interact(self) -> None:
         obs, skip = self.obs, self.config.on_nonfinite == "skip"
         if self.step == 0 and not skip:
-            self._require_finite(obs, np.zeros(len(self.ended)), self.ended)
+            require_finite(self.envs, 0, obs, obs, np.zeros(len(self.ended)), self.ended)
         seen = np.nan_to_num(obs, posinf=0, neginf=0) if skip else obs
         action = self.agent.explore(torch.from_numpy(seen).to(self.device), self.step).cpu().numpy()
         observed, reward, terminated, truncated, info = self.envs.step(
@@ -386,11 +321,11 @@ class Training:
 
         stored = real
         if skip:
-            stored = real & _finite(obs) & _finite(next_obs) & np.isfinite(reward)
+            stored = real & finite(obs) & finite(next_obs) & np.isfinite(reward)
             self.skipped += int((real & ~stored).sum())
             reward = np.nan_to_num(reward, posinf=0, neginf=0)
         else:
-            self._require_finite(next_obs, reward, ended)
+            require_finite(self.envs, self.step, self.obs, next_obs, reward, ended)
         if stored.any():
             kept: Any = slice(None) if stored.all() else stored  # else of one seed
             by_seed = action.shape[:2]
@@ -407,30 +342,6 @@ class Training:
         self.ended = ended
         if ended.any():
             self._finish_episodes()
-
-    def _require_finite(
-        self, next_obs: NDArray[Any], reward: NDArray[np.float64], ended: NDArray[np.bool_]
-    ) -> None:
-        """Raise NonFiniteError if what the environments returned is not finite."""
-        looks = [
-            ("a reward", np.isfinite(reward), True),
-            ("an observation", _finite(next_obs), True),
-        ]
-        if next_obs is not self.obs:
-            looks += [("the first observation of an episode", _finite(self.obs), False)]
-        for what, finite, before_reset in looks:
-            for i in np.flatnonzero(~finite):
-                raise NonFiniteError(
-                    f"{what} is not finite after {self.step} environment steps: "
-                    f"{self._where(int(i), before_reset and bool(ended[i]))}"
-                )
-
-    def _where(self, i: int, before_reset: bool) -> str:
-        """What plays the episode of environment number i again, or the one before its reset."""
-        env = self.envs.envs[i] if isinstance(self.envs, SyncVectorEnv) else None
-        if not isinstance(env, EpisodeSeeds):
-            return f"environment {i}"
-        return env.before if before_reset else env.where()
 
     def _finish_episodes(self) -> None:
         for i in np.flatnonzero(self.ended):
@@ -515,25 +426,6 @@ class Training:
         return obs.reshape(len(self.seeds), self.config.n_envs, *self.interface.obs_shape)
 
 
-def _vector_env(config: TrainConfig, seeds: Sequence[int]) -> SyncVectorEnv:
-    def build(seed: int, env_index: int) -> Callable[[], gym.Env[Any, Any]]:
-        return lambda: EpisodeSeeds(make_env(config.env_id), seed, env_index)
-
-    return SyncVectorEnv(
-        [build(seed, i) for seed in seeds for i in range(config.n_envs)],
-        autoreset_mode=AutoresetMode.SAME_STEP,
-    )
-
-
-def _finite(obs: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of the observations [S, n_envs, ...] are finite, [S * n_envs]; images always are."""
-    n = obs.shape[0] * obs.shape[1]
-    if obs.dtype == np.uint8:
-        return np.ones(n, dtype=bool)
-    finite: NDArray[np.bool_] = np.isfinite(obs.reshape(n, -1)).all(1)
-    return finite
-
-
 def _check_seeds(seeds: tuple[int, ...], logs: tuple[Log, ...], own_envs: bool) -> None:
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more different integers from 0 up, got {seeds}")
@@ -548,10 +440,3 @@ def _check_compile(config: TrainConfig, device: torch.device) -> None:
         raise ValueError(f"compile needs a constant learning rate, got {config.lr_decay!r}")
     if device.type == "cpu":
         require_compiler()
-
-
-def _check_vector_env(envs: VectorEnv[Any, Any, Any], mode: Any, expected: int) -> None:
-    if envs.num_envs != expected:
-        raise ValueError(f"the vector environment must hold {expected}, got {envs.num_envs}")
-    if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-        raise ValueError(f"the vector environment must reset by itself, got {mode}")

@@ -35,13 +35,14 @@ from agents.averaging import default_rules, evaluate_averages, record_policy
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
+from agents.environments import EnvironmentFault
 from agents.malloc import keep_freed_memory
 from agents.networks import select_member, stack_members
 from agents.nonfinite import NonFiniteError
 from agents.presets import ALGORITHMS, preset
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
-from agents.training import EnvironmentFault, TrainConfig, Training, crossings
+from agents.training import TrainConfig, Training, crossings
 from polyak_rl import PolicyAverages
 from scripts.enjoy import drawn_env, open_env, play
 from scripts.experiment.run_folder import RunFolder, new_run_folder

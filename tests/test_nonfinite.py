@@ -10,10 +10,11 @@ from gymnasium import spaces
 from agents.checkpoint import newest
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
+from agents.environments import EnvironmentFault
 from agents.nonfinite import BadGradient, GradientWatch, NonFiniteError
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
-from agents.training import EnvironmentFault, TrainConfig, Training
+from agents.training import TrainConfig, Training
 from scripts.train import main
 
 CONFIGS = {

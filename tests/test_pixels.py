@@ -16,11 +16,11 @@ from torch import nn
 
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.dqn import DQN, DQNConfig
+from agents.environments import interface, make_env
 from agents.pixels import FrameReplay, PixelQNetwork
 from agents.presets import preset
 from agents.replay import Replay
 from agents.seeding import Purpose, generators
-from agents.spaces import interface, make_env
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
 

@@ -117,7 +117,7 @@ def test_what_was_recorded_repeats_every_operation(name, seeds):
 def test_a_compiled_step_is_the_same_to_rounding(name):
     eager, eager_tags = trained(name, seeds=2, spoil={2, 5}, updates=7)
     program, tags = trained(name, Program, seeds=2, spoil={2, 5}, updates=7)
-    assert len(program.learn._recorded) == programs_of(name)
+    assert len(program.learn.recorded) == programs_of(name)
     assert_close(tensors(program), tensors(eager))
     finite = {tag: x for tag, x in eager_tags.items() if x.isfinite().all()}
     assert finite
@@ -250,7 +250,7 @@ def test_a_compiled_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path):
     whole.run()
     second.run()
     for one in (whole, first, second):
-        assert len(one.agent.learn._recorded) == 1
+        assert len(one.agent.learn.recorded) == 1
     assert_same(tensors(second.agent), tensors(whole.agent))
     assert (second.evaluations["last"].returns == whole.evaluations["last"].returns).all()
     for one in (whole, first, second):
@@ -317,7 +317,7 @@ def test_a_missing_compiler_is_named_before_anything_begins(monkeypatch):
 def test_a_captured_graph_launches_the_same_kernels(name):
     eager, eager_tags = trained(name, seeds=2, device="cuda", spoil={2, 5})
     program, tags = trained(name, Program, seeds=2, device="cuda", spoil={2, 5})
-    assert len(program.learn._recorded) == programs_of(name)
+    assert len(program.learn.recorded) == programs_of(name)
     assert_close(tensors(program), tensors(eager))
     assert_close(tags, eager_tags)
 

@@ -10,11 +10,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
+from agents.environments import EpisodeSeeds
 from agents.presets import ALGORITHMS, PRESETS, preset
 from agents.sac import SACConfig
 from agents.seeding import episode_seed
 from agents.td3 import TD3Config
-from agents.training import EpisodeSeeds, TrainConfig, Training, crossings
+from agents.training import TrainConfig, Training, crossings
 
 DQN_SMALL = DQNConfig(
     learning_rate=1e-2, batch_size=16, learning_starts=10, target_update_every=5, hidden=(16,)
@@ -412,9 +413,10 @@ def test_discrete_actions_that_do_not_start_at_zero_reach_the_environment():
             self.action_space = spaces.Discrete(3, start=5)
 
     envs = SyncVectorEnv([Shifted], autoreset_mode=AutoresetMode.SAME_STEP)
-    training = Training("dqn", DQN_SMALL, TrainConfig("test/Discrete-v0", 100), envs=envs)
-    for _ in range(100):
-        training._interact()
+    agent = replace(DQN_SMALL, learning_starts=100)
+    config = TrainConfig("test/Discrete-v0", 100, eval_every=0)
+    training = Training("dqn", agent, config, envs=envs)
+    training.run()
     assert set(envs.envs[0].taken) == {5, 6, 7}
     assert set(training.replay.rows[0, :100, 2].tolist()) == {0.0, 1.0, 2.0}
 
