@@ -78,8 +78,11 @@ class Agent(Protocol):
     """acts, and is what averages are taken of"""
     descent: Descent
     """the networks that are trained, and the watch over their gradients"""
-    learn: Callable[..., dict[str, Tensor]]
-    """what of `update` can be one program"""
+
+    @property
+    def learn(self) -> Callable[..., dict[str, Tensor]]:
+        """What of `update` can be one program; `compile` puts a `Program` in its place."""
+        ...
 
     @property
     def config(self) -> AgentConfig:

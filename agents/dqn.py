@@ -74,17 +74,15 @@ class DQN:
         total_steps: int,
     ) -> None:
         check(config)
-        self.config = config
+        c = self.config = config
         self.action_dim = action_dim
-        self.annealing_steps = config.exploration_fraction * total_steps
+        self.annealing_steps = c.exploration_fraction * total_steps
         self.exploration = generators(Purpose.EXPLORATION, seeds, device)
 
         init = generators(Purpose.INIT, seeds)
         network: Any = PixelQNetwork if isinstance(obs_dim, tuple) else QNetwork
-        self.q: QNetwork = network(obs_dim, action_dim, config.hidden, init).to(device)
-        self.descent = Descent(
-            {"q": self.q}, config.learning_rate, len(seeds), config.max_grad_norm
-        )
+        self.q: QNetwork = network(obs_dim, action_dim, c.hidden, init).to(device)
+        self.descent = Descent({"q": self.q}, c.learning_rate, len(seeds), c.max_grad_norm)
         self.targets = target_networks(config, {"q": self.q})
         self.q_target = self.targets.get("q", self.q)
         self.policy: nn.Module = self.q

@@ -145,13 +145,13 @@ def set_gradients(loss: Tensor, weights: Sequence[nn.Parameter]) -> None:
     """weight.grad <- dL/dweight, whatever was there; in the same memory where an `MLP` can do so.
 
     Args:
-        loss: L, a number.
+        loss: L, or several, of which the sum is differentiated.
         weights: Leaves of its graph.
     """
     # The first to come to a weight takes the place; who comes later finds none, and autograd adds.
     _places.update((id(weight), weight.grad) for weight in weights if weight.grad is not None)
     try:
-        gradients = torch.autograd.grad(loss, weights)
+        gradients = torch.autograd.grad(loss, weights, torch.ones_like(loss))
     finally:
         for weight in weights:
             _places.pop(id(weight), None)

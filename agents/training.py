@@ -155,7 +155,7 @@ class Training:
             obs_dim, action_dim, agent_config, self.seeds, self.device, config.total_steps
         )
         if config.compile:
-            self.agent.learn = Program(self.agent.learn)
+            self.agent.learn = Program(self.agent.learn)  # type: ignore[misc]
         replay_class: Any = FrameReplay if isinstance(obs_dim, tuple) else Replay
         self.replay: Replay = replay_class(
             capacity=max(config.n_envs, min(agent_config.buffer_size, config.total_steps)),
