@@ -79,7 +79,12 @@ class Checkpoint:
         return dict(self.state.get("extra", {}))
 
     def transitions(self, piece: tuple[int, int]) -> bytes:
-        """What is in a replay file."""
+        """What is in a replay file.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It has changed since the checkpoint was read.
+        """
         data = (self.folder / _piece_name(piece)).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.sha256[_piece_name(piece)]:
             raise ValueError(f"{self.folder / _piece_name(piece)} has changed while it was read")
@@ -99,6 +104,9 @@ class Checkpoints:
 
     Attributes:
         step: Environment steps of the last checkpoint that was written, None before the first.
+
+    Raises:
+        ValueError: The training is on environments that it did not make itself.
     """
 
     def __init__(
