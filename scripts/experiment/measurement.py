@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.averaging import PolicyAverages
+from agents.averaging import record_policy
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.presets import preset
 from agents.seeding import Purpose, evaluation_seeds
@@ -221,7 +221,7 @@ class Measurement:
             if scheme.rule is not None
         }
         in_bank = {name: rule for name, rule in self.rules.items() if SCHEMES[name].in_bank}
-        self.averages = PolicyAverages(training, in_bank, job.capacity)
+        self.averages = record_policy(training, in_bank, job.capacity)
         self.checkpoints: dict[str, dict[str, Tensor]] = {}
         self.common, self.other = (  # [S, E] each
             np.stack(
