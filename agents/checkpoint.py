@@ -32,13 +32,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from agents.environments import EpisodeSeeds
 from agents.evaluation import Evaluation
-from agents.training import EpisodeSeeds, Training
+from agents.optimizers import Descent
+from agents.training import Training
 from polyak_rl import PolicyAverages
 
-SCHEMA = 4
+SCHEMA = 5
 
 State = dict[str, Any]
 
@@ -390,11 +391,11 @@ def _save_tensors(state: State, file: BinaryIO) -> None:
 
 
 def _parts(agent: Any) -> dict[str, Any]:
-    """What changes in an agent, by attribute: modules, optimizers and lists of generators."""
+    """What changes in an agent, by attribute: modules, descents and lists of generators."""
     parts: dict[int, tuple[str, Any]] = {}
     for name, value in vars(agent).items():
         streams = isinstance(value, list) and all(isinstance(g, torch.Generator) for g in value)
-        if streams or isinstance(value, nn.Module | Optimizer):
+        if streams or isinstance(value, nn.Module | Descent):
             parts.setdefault(id(value), (name, value))  # `policy` is another name
     return dict(parts.values())
 
@@ -423,8 +424,6 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
 
 def _require_fit(name: str, ours: Any, theirs: Any) -> None:
     """Raise ValueError where a saved value has not the form of the one it is to replace."""
-    if name.endswith("optimizer.state"):  # a new SGD has none yet
-        return
     if isinstance(ours, Tensor):
         fits = _form(ours) == _form(theirs)
     elif isinstance(ours, Mapping):

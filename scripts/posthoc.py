@@ -23,10 +23,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from agents.environments import interface, make_env
 from agents.evaluation import Evaluator
 from agents.networks import stack_members
 from agents.seeding import Purpose, evaluation_seeds
-from agents.spaces import interface, make_env
 from polyak_rl import Timeline, parse_rule
 from polyak_rl.files import write_whole
 from scripts.enjoy import load_policy

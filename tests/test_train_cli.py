@@ -12,7 +12,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from agents.dqn import DQNConfig
 from agents.seeding import evaluation_seeds
-from agents.spaces import make_env
+from agents.environments import make_env
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
 from scripts.experiment import life

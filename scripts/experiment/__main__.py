@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from agents.memory import keep_freed_memory
+from agents.malloc import keep_freed_memory
 from scripts.experiment.jobs import read_job
 from scripts.experiment.measurement import run
 from scripts.experiment.paths import no_link
