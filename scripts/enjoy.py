@@ -111,6 +111,7 @@ def load_policy(run: Path, *, trust: bool = False) -> tuple[nn.Module, str, str]
 
 def new_policy(record: dict[str, Any], size: int) -> nn.Module:
     """The policy that a config.json describes, which has no more weights than its file."""
+    config_class: Any
     agent_class, config_class = ALGORITHMS[record["algo"]]
     values = {
         key: tuple(value) if isinstance(value, list) else value

@@ -329,7 +329,8 @@ def recorded(about: dict[str, Any]) -> tuple[str, Options[Any]]:
         agent = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("agent").items()}
         run = TrainConfig(**values.pop("run"))
         values["runs_dir"] = Path(values["runs_dir"])
-        return algo, Options(run=run, agent=ALGORITHMS[algo][1](**agent), **values)
+        config: Any = ALGORITHMS[algo][1]
+        return algo, Options(run=run, agent=config(**agent), **values)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint is of another version of this program: {error}") from None
 

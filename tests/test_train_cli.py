@@ -11,8 +11,8 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from agents.dqn import DQNConfig
-from agents.seeding import evaluation_seeds
 from agents.environments import make_env
+from agents.seeding import evaluation_seeds
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
 from scripts.experiment import life

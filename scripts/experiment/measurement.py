@@ -28,6 +28,7 @@ from agents.checkpoint import newest
 from agents.seeding import Purpose, evaluation_seeds
 from agents.training import TrainConfig, Training
 from agents.versions import commit
+from polyak_rl import Ema
 from polyak_rl.files import write_whole
 from scripts.experiment import life
 from scripts.experiment.jobs import Job, from_plain, plain
@@ -173,7 +174,8 @@ class Measurement:
             for scheme in SCHEMES.values()
             if scheme.rule is not None
         }
-        in_bank = {name: rule for name, rule in self.rules.items() if SCHEMES[name].in_bank}
+        # Too fine for a timeline, which gives all others.
+        in_bank = {name: rule for name, rule in self.rules.items() if isinstance(rule, Ema)}
         self.averages = record_policy(training, in_bank, job.capacity)
         assert self.averages.timeline is not None
         self.timeline = self.averages.timeline
@@ -225,7 +227,8 @@ class Measurement:
             target = self.training.agent.targets.get("actor")
             return dict(target.module.named_parameters()) if target else None
         if scheme in self.rules:
-            return self.averages.average(scheme if SCHEMES[scheme].in_bank else self.rules[scheme])
+            in_bank = scheme in self.averages.rules
+            return self.averages.average(scheme if in_bank else self.rules[scheme])
         return self.checkpoints.get(scheme)
 
     def _play(self, scheme: str, weights: Mapping[str, Tensor], seeds: NDArray[Any]) -> None:
