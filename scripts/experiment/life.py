@@ -189,6 +189,8 @@ def go_on(
         if not path.exists():
             path.mkdir()
             held.take(path)
+        for partial in path.glob("*.partial"):  # of a process that was killed
+            partial.unlink()
     folders = _open_folders(training, paths, training.step, tables)
     _note_resume(paths[0], training.step, found)
     checkpoints = Checkpoints(

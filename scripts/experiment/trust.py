@@ -40,9 +40,9 @@ def _places(module: str) -> list[Path]:
     """Where a module and the packages around it would be imported from."""
     places: list[Path] = []
     search: Sequence[str] | None = None
-    parts = module.split(".")
-    for i in range(len(parts)):
-        spec = PathFinder.find_spec(".".join(parts[: i + 1]), search)
+    for part in module.split("."):
+        # By its last name alone: of a whole one, Python looks for the parents among the imported.
+        spec = PathFinder.find_spec(part, search)
         if spec is None:
             break
         search = spec.submodule_search_locations
