@@ -2,9 +2,12 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +20,13 @@ from torch import nn
 from agents import evaluation
 from agents.environments import Interface, interface, make_env
 from agents.presets import ALGORITHMS
+from polyak_rl.files import verify_archive
+from scripts.experiment.paths import own_folder
+from scripts.experiment.terminal import unfailing_output
+from scripts.experiment.trust import require_trusted
+
+VIDEOS = "videos"
+"""The folder of videos in a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -33,77 +43,122 @@ class Options:
     """show them in a window"""
     video: bool = False
     """record them to the run's folder, videos/"""
+    trust: bool = False
+    """import the module that the run's environment names, as in my_module:My-v0"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.enjoy")
+    with unfailing_output():
+        return command(tyro.cli(Options, args=argv, prog="python -m scripts.enjoy"))
+
+
+def command(options: Options) -> int:
+    """Do what a command line asks for; returns the exit code."""
     try:
         if options.episodes < 1 or options.seed < 0:
             raise ValueError(
                 "episodes must be at least 1 and seed at least 0, "
                 f"got {options.episodes} and {options.seed}"
             )
-        policy, env_id, algo = load_policy(options.run)
-        folder = options.run / "videos" if options.video else None
+        policy, env_id, algo = load_policy(options.run, trust=options.trust)
         seeds = range(options.seed, options.seed + options.episodes)
-        env = open_env(env_id, folder, render=options.render)
+        with ExitStack() as stack:
+            if options.video:
+                env = stack.enter_context(recorded(env_id, options.run / VIDEOS))
+            else:
+                env = drawn_env(env_id, "human") if options.render else make_env(env_id)
+                stack.callback(env.close)
+            returns = []
+            for seed, (total, length) in zip(seeds, play(policy, env, algo, seeds), strict=True):
+                returns.append(total)
+                print(f"episode seed {seed}: return {total:.1f} in {length} steps")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    returns = []
-    for seed, (total, length) in zip(seeds, play(policy, env, algo, seeds), strict=True):
-        returns.append(total)
-        print(f"episode seed {seed}: return {total:.1f} in {length} steps")
-    env.close()
     print(f"mean return {np.mean(returns):.1f} over {len(returns)} episodes")
-    if folder:
-        print(f"videos: {folder}")
+    if options.video:
+        print(f"videos: {options.run / VIDEOS}")
     return 0
 
 
-def load_policy(run: Path) -> tuple[nn.Module, str, str]:
+def load_policy(run: Path, *, trust: bool = False) -> tuple[nn.Module, str, str]:
     """The policy of a run, its environment's name and its algorithm.
 
+    Args:
+        run: The run's folder.
+        trust: Import the module that its environment names.
+
     Raises:
-        ValueError: The folder does not hold a run that has been finished, or a file is damaged.
+        ValueError: The folder does not hold a run that has been finished, a file is damaged, or it
+            names a module that is not to be imported.
     """
     for name in ("config.json", "policy.pt"):
         if not (run / name).is_file():
             raise ValueError(f"{run} is not the folder of a finished run: it has no {name}")
     try:
         record = json.loads((run / "config.json").read_text())
-        agent_class, config_class = ALGORITHMS[record["algo"]]
-        values = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in record["agent"].items()
-        }
         env_id = record["run"]["env_id"]
-        spaces = _interface(make_env(env_id), record["algo"])
-        agent = agent_class(
-            spaces.obs_dim, spaces.action_dim, config_class(**values), [record["seed"]], "cpu", 1
-        )
+        require_trusted(env_id, run, trust=trust)
+        verify_archive(run / "policy.pt")
         weights = torch.load(run / "policy.pt", weights_only=True, map_location="cpu")
-        agent.policy.load_state_dict(weights)
+        policy = new_policy(record, sum(x.numel() for x in weights.values()))
+        policy.load_state_dict(weights)
     except Exception as error:  # damaged files raise anything
         raise ValueError(f"the run in {run} cannot be read: {error}") from error
-    return agent.policy, env_id, record["algo"]
+    return policy, env_id, record["algo"]
 
 
-def open_env(env_id: str, video_folder: Path | None, *, render: bool = False) -> gym.Env[Any, Any]:
-    """The environment, recorded to a folder or shown in a window if asked for.
+def new_policy(record: dict[str, Any], size: int) -> nn.Module:
+    """The policy that a config.json describes, which has no more weights than its file."""
+    config_class: Any
+    agent_class, config_class = ALGORITHMS[record["algo"]]
+    values = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in record["agent"].items()
+    }
+    if any(a * b > size for a, b in pairwise(values["hidden"])):
+        raise ValueError(f"layers of {values['hidden']} units have more than its {size:,} weights")
+    env = make_env(record["run"]["env_id"])
+    spaces = _interface(env, record["algo"])
+    env.close()
+    agent = agent_class(
+        spaces.obs_dim, spaces.action_dim, config_class(**values), [record["seed"]], "cpu", 1
+    )
+    policy: nn.Module = agent.policy
+    return policy
+
+
+def record(policy: nn.Module, env_id: str, algo: str, seeds: Sequence[int], folder: Path) -> None:
+    """Record episodes of a policy of one member to a folder, made if it is not there."""
+    with recorded(env_id, folder) as env:
+        list(play(policy.cpu(), env, algo, seeds))
+
+
+@contextmanager
+def recorded(env_id: str, folder: Path) -> Iterator[gym.Env[Any, Any]]:
+    """An environment whose episodes are recorded to a folder, made if it is not there.
+
+    The files are made in a new folder, and take their places when the environment is closed: a link
+    that is there is replaced, not followed.
 
     Raises:
         ValueError: It cannot be drawn here.
+        OSError: The folder is a link, or cannot be written.
     """
-    if video_folder:
-        return RecordVideo(
+    own_folder(folder)
+    with TemporaryDirectory(dir=folder) as temporary:
+        new = Path(temporary, "new")  # RecordVideo warns of a folder that is there
+        env = RecordVideo(
             drawn_env(env_id, "rgb_array"),
-            str(video_folder),
+            str(new),
             episode_trigger=lambda episode: True,
             disable_logger=True,
         )
-    return drawn_env(env_id, "human") if render else make_env(env_id)
+        with closing(env):
+            yield env
+        for video in new.iterdir():
+            video.replace(folder / video.name)
 
 
 def drawn_env(env_id: str, mode: str) -> gym.Env[Any, Any]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from scripts import compare, report
-from scripts.compare import Options, plan
-from scripts.experiment.measurement import Job, run
+from scripts.experiment import driver, results
+from scripts.experiment.jobs import Job, Options, plan
+from scripts.experiment.measurement import run
 from scripts.experiment.schemes import SCHEMES
 from scripts.experiment.study import CELLS
 
@@ -129,8 +130,8 @@ def test_a_run_evaluates_every_scheme_on_common_episodes(tmp_path):
 
 def execute(out, jobs):
     out.mkdir(exist_ok=True)
-    failed = compare.execute(jobs, out, workers=2)
-    compare.collect(out)
+    failed = driver.execute(jobs, out, workers=2)
+    results.collect(out)
     return failed
 
 
@@ -140,7 +141,7 @@ def tiny_jobs():
 
 def test_a_killed_worker_changes_no_number(tmp_path, monkeypatch):
     assert execute(tmp_path / "whole", tiny_jobs()) == []
-    started, start = [], compare.start
+    started, start = [], driver.start
 
     def start_and_remember(job, out):
         process = start(job, out)
@@ -150,11 +151,11 @@ def test_a_killed_worker_changes_no_number(tmp_path, monkeypatch):
         return process
 
     def kill_midway(process, job, out):
-        while compare.reached(job, out) < 250 and process.poll() is None:
+        while driver.reached(job, out) < 250 and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
 
-    monkeypatch.setattr(compare, "start", start_and_remember)
+    monkeypatch.setattr(driver, "start", start_and_remember)
     assert execute(tmp_path / "killed", tiny_jobs()) == []
     assert len(started) == 3
     assert started[0].returncode == -signal.SIGKILL
@@ -175,19 +176,19 @@ def test_a_run_that_crashes_is_reported_and_not_dropped(tmp_path):
 def test_finished_runs_are_not_done_again_and_other_settings_are_refused(tmp_path):
     out = tmp_path / "out"
     job = tiny_jobs()[0]
-    assert not compare.finished(job, out)
+    assert not driver.finished(job, out)
     execute(out, [job])
-    assert compare.finished(job, out)
+    assert driver.finished(job, out)
     other = Job("dqn", "CartPole-v1", (1,), **{**TINY, "episodes": 5})
-    with pytest.raises(SystemExit, match="other settings"):
-        compare.finished(other, out)
+    with pytest.raises(ValueError, match="other settings"):
+        driver.finished(other, out)
 
 
 def test_the_smallest_tier_runs_to_its_report(tmp_path):
     assert compare.main(["--tier", "s", "--out", str(tmp_path)]) == 0
     table = rows(tmp_path)
     assert {row["env"] for row in table} == {"CartPole-v1", "Pendulum-v1"}
-    assert set(table[0]) == set(compare.COLUMNS)
+    assert set(table[0]) == set(results.COLUMNS)
     primary = ["--primary", "tail50"]
     report.main([str(tmp_path / "results"), "--out", str(tmp_path / "report"), *primary])
     text = (tmp_path / "report" / "report.md").read_text()

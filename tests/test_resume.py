@@ -25,6 +25,7 @@ from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training
 from polyak_rl import Ema, Uniform
 from scripts import train
+from scripts.experiment.locks import LOCK
 from scripts.experiment.run_folder import AVERAGES
 from tests.test_checkpoint import assert_same
 from tests.test_training import Recorder
@@ -335,10 +336,12 @@ def test_a_run_that_sigterm_stopped_goes_on_from_that_very_step(
 
 
 def test_a_finished_run_has_nothing_to_resume_and_stays_as_it_is(whole, capsys):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    files = [path for path in whole.rglob("*") if path.name != LOCK]
+    before = {path: path.read_bytes() for path in files if path.is_file()}
     assert train.main(["--resume", str(whole)]) == 0
     assert "has finished: there is nothing to resume." in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert [path for path in whole.rglob("*") if path.name != LOCK] == files
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_run_that_still_goes_on_is_not_resumed_beside_itself(tmp_path, monkeypatch, capsys):
@@ -373,10 +376,10 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_training_goes_on(
 ):
     save = Checkpoints.save
 
-    def full(self):
+    def full(self, extra):
         if self.training.step == 140:
             raise OSError(28, "No space left on device")
-        save(self)
+        save(self, extra)
 
     monkeypatch.setattr(Checkpoints, "save", full)
     assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 0
