@@ -1,29 +1,25 @@
 """Watch, record or score a trained policy: python -m scripts.enjoy runs/<run>."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 import tyro
 from gymnasium.wrappers import RecordVideo
 from torch import nn
 
 from agents import evaluation
 from agents.environments import Interface, interface, make_env
-from agents.presets import ALGORITHMS
-from polyak_rl.files import verify_archive
+from scripts.experiment.finished import FinishedRun, read
+from scripts.experiment.life import printable
 from scripts.experiment.paths import own_folder
 from scripts.experiment.terminal import unfailing_output
-from scripts.experiment.trust import require_trusted
 
 VIDEOS = "videos"
 """The folder of videos in a run's folder."""
@@ -35,6 +31,9 @@ class Options:
 
     run: tyro.conf.Positional[Path]
     """the run's folder"""
+    policy: str | None = None
+    """last, shipped, a scheme such as tail25 or window80, or a rule such as tail:0.3; None: what
+    was shipped, or else the last"""
     episodes: int = 5
     """how many episodes"""
     seed: int = 0
@@ -61,7 +60,10 @@ def command(options: Options) -> int:
                 "episodes must be at least 1 and seed at least 0, "
                 f"got {options.episodes} and {options.seed}"
             )
-        policy, env_id, algo = load_policy(options.run, trust=options.trust)
+        run = read(options.run, trust=options.trust)
+        which = options.policy or run.default
+        policy, env_id, algo = run.policy(which), run.env_id, run.algo
+        print(f"policy: {named(run, which)}")
         seeds = range(options.seed, options.seed + options.episodes)
         with ExitStack() as stack:
             if options.video:
@@ -82,51 +84,11 @@ def command(options: Options) -> int:
     return 0
 
 
-def load_policy(run: Path, *, trust: bool = False) -> tuple[nn.Module, str, str]:
-    """The policy of a run, its environment's name and its algorithm.
-
-    Args:
-        run: The run's folder.
-        trust: Import the module that its environment names.
-
-    Raises:
-        ValueError: The folder does not hold a run that has been finished, a file is damaged, or it
-            names a module that is not to be imported.
-    """
-    for name in ("config.json", "policy.pt"):
-        if not (run / name).is_file():
-            raise ValueError(f"{run} is not the folder of a finished run: it has no {name}")
-    try:
-        record = json.loads((run / "config.json").read_text())
-        env_id = record["run"]["env_id"]
-        require_trusted(env_id, run, trust=trust)
-        verify_archive(run / "policy.pt")
-        weights = torch.load(run / "policy.pt", weights_only=True, map_location="cpu")
-        policy = new_policy(record, sum(x.numel() for x in weights.values()))
-        policy.load_state_dict(weights)
-    except Exception as error:  # damaged files raise anything
-        raise ValueError(f"the run in {run} cannot be read: {error}") from error
-    return policy, env_id, record["algo"]
-
-
-def new_policy(record: dict[str, Any], size: int) -> nn.Module:
-    """The policy that a config.json describes, which has no more weights than its file."""
-    config_class: Any
-    agent_class, config_class = ALGORITHMS[record["algo"]]
-    values = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in record["agent"].items()
-    }
-    if any(a * b > size for a, b in pairwise(values["hidden"])):
-        raise ValueError(f"layers of {values['hidden']} units have more than its {size:,} weights")
-    env = make_env(record["run"]["env_id"])
-    spaces = _interface(env, record["algo"])
-    env.close()
-    agent = agent_class(
-        spaces.obs_dim, spaces.action_dim, config_class(**values), [record["seed"]], "cpu", 1
-    )
-    policy: nn.Module = agent.policy
-    return policy
+def named(run: FinishedRun, which: str) -> str:
+    """What is played, in words."""
+    if which != "shipped":
+        return which
+    return f"shipped, {printable(str(run.choice['choice']['winner']))}"
 
 
 def record(policy: nn.Module, env_id: str, algo: str, seeds: Sequence[int], folder: Path) -> None:

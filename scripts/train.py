@@ -43,9 +43,11 @@ from agents.training import TrainConfig, Training, crossings
 from polyak_rl import PolicyAverages
 from scripts.enjoy import VIDEOS, drawn_env, record
 from scripts.experiment import life
+from scripts.experiment.finished import read
 from scripts.experiment.life import Run
 from scripts.experiment.locks import Hold
 from scripts.experiment.run_folder import new_run_folder
+from scripts.experiment.shipping import require_enough, ship
 from scripts.experiment.terminal import unfailing_output
 from scripts.experiment.trust import require_trusted
 
@@ -86,8 +88,11 @@ class Options(Generic[AgentConfig]):
     and when stopped (Ctrl-C, SIGTERM)"""
     checkpoint_replay: bool = True
     """keep the replay buffer on disk too; without it a resumed run is not the same"""
+    ship: int | None = None
+    """at the end choose the weights to ship on so many episodes, as scripts.ship does; 0: tail25,
+    unseen"""
     video: bool = False
-    """record an episode of the final policy"""
+    """record an episode of the final policy, or of what is shipped"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,17 +142,36 @@ def train(run: Run, options: Options[Any]) -> int:
         if completed:
             run.try_to_save()  # last: it says that all is done
     seconds = time.perf_counter() - began
-    for member, folder in enumerate(run.folders):
-        if options.video:
-            policy, seeds = life.member_policy(training, member), training.eval_seeds[member, :1]
-            env_id = training.config.env_id
-            record(policy, env_id, run.algo, seeds.tolist(), folder.path / VIDEOS)
+    code = 0 if completed else 128 + signals[0]
+    for member in range(len(run.folders)):
         print(summary(run, member, seconds))
+        try:
+            hand_over(run, member, options)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = code or 1
     print(how_to_see(run))
-    if completed:
-        return 0
-    print(how_to_go_on(run))
-    return 128 + signals[0]
+    if not completed:
+        print(how_to_go_on(run))
+    return code
+
+
+def hand_over(run: Run, member: int, options: Options[Any]) -> None:
+    """Choose the weights to ship of a seed's run, and record an episode, where that is asked for.
+
+    Raises:
+        ValueError: What the run left, or an environment, is not as it should be.
+    """
+    training = run.training
+    due = options.ship is not None and training.step >= training.config.total_steps
+    if not due and not options.video:
+        return
+    finished = read(run.folders[member].path, trust=True)  # this very run
+    if due:
+        print(ship(finished, options.ship or 0))
+    if options.video:
+        policy, seeds = finished.policy(finished.default), training.eval_seeds[member, :1]
+        record(policy, finished.env_id, run.algo, seeds.tolist(), finished.path / VIDEOS)
 
 
 def folder_to_resume(argv: Sequence[str]) -> tuple[Path | None, bool]:
@@ -242,9 +266,13 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
         raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
     if options.video:
         drawn_env(options.run.env_id, "rgb_array").close()
+    if options.ship is not None and not options.averages:
+        raise ValueError("ship chooses among averages: it cannot be with no-averages")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     training = Training(algo, options.agent, options.run, chosen_seeds(options))
+    if options.ship is not None:
+        require_enough(options.ship, "actor" in training.agent.targets)
     if not options.averages:
         return training, None
     rules = default_rules(training.total_updates)
@@ -409,6 +437,7 @@ def how_to_see(run: Run) -> str:
             *(f"Files: {folder.path}" for folder in run.folders),
             f"Curves: tensorboard --logdir {shlex.quote(str(run.path.parent))}",
             f"Play: python -m scripts.enjoy {run.words}",
+            f"Choose the weights to ship: python -m scripts.ship {run.words}",
             f"Other averages: python -m scripts.posthoc {run.words} --rule tail:0.3",
         ]
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from agents.checkpoint import Checkpoint, Checkpoints, restore
 from agents.networks import select_member, stack_members
@@ -23,6 +23,7 @@ from agents.presets import ALGORITHMS
 from agents.training import Training
 from polyak_rl import PolicyAverages
 from polyak_rl.files import verify_archive, write_whole
+from scripts.experiment.finished import CANDIDATES, CHOICE, SHIPPED
 from scripts.experiment.locks import Hold
 from scripts.experiment.paths import beside, refuse_link
 from scripts.experiment.run_folder import AVERAGES, HEADER, RunFolder, rows_until
@@ -97,18 +98,37 @@ class Run:
             print(f"warning: the checkpoint at {at} was not written: {error}", file=sys.stderr)
 
     def keep(self, *, completed: bool) -> None:
-        """Write each seed's last policy and timeline to its folder.
+        """Write each seed's last policy, its timeline, and what no timeline gives to its folder.
+
+        What was shipped of an earlier end is removed.
 
         Raises:
             OSError: They cannot be written; what was there still is.
         """
         timeline = self.averages.timeline if self.averages else None
+        candidates = self._candidates()
         for member, folder in enumerate(self.folders):
+            for name in (CHOICE, SHIPPED):
+                (folder.path / name).unlink(missing_ok=True)
             policy = member_policy(self.training, member)
             folder.finish(policy.state_dict(), completed=completed)
             if timeline and timeline.updates:
                 own = timeline.member(member, like=policy)
                 own.save(folder.path / "timeline.pt", dtype=torch.float32)
+                seeds = len(self.folders)
+                kept = {n: select_member(x, member, seeds) for n, x in candidates.items()}
+                with write_whole(folder.path / CANDIDATES) as file:
+                    torch.save(kept, file)
+
+    def _candidates(self) -> dict[str, Mapping[str, Tensor]]:
+        """The weights [S, ...] at the end that can be shipped and no timeline gives, by scheme."""
+        bank = self.averages.bank if self.averages else None
+        found: dict[str, Mapping[str, Tensor]] = {}
+        if bank:
+            found |= {name: bank.average(name) for name in bank.rules}
+        if target := self.training.agent.targets.get("actor"):
+            found["target"] = dict(target.module.named_parameters())
+        return found
 
     def close(self) -> None:
         """Close the environments and the files, and give the folders free."""
@@ -200,8 +220,10 @@ def go_on(
 
 
 def is_kept(path: Path, checkpoint: Checkpoint) -> bool:
-    """Whether a run that has ended left its policy and its timeline, whole."""
-    names = ["policy.pt"] + ["timeline.pt"] * bool(checkpoint.state["averages"])
+    """Whether a run that has ended left its policy, and what can be shipped in its place, whole."""
+    names = ["policy.pt"]
+    if checkpoint.state["averages"]:
+        names += ["timeline.pt", CANDIDATES]
     try:
         for name in names:
             verify_archive(path / name)

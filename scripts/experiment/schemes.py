@@ -69,3 +69,10 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 """All schemes by name, in the order of the tables."""
+
+SHIPPABLE = [
+    scheme
+    for scheme in SCHEMES.values()
+    if scheme.at is None and scheme.name not in ("all", "placebo")
+]
+"""The schemes that `scripts.ship` chooses among; windows stand for checkpoints, which are not kept."""
