@@ -4,8 +4,8 @@
 
 The run's timeline answers for every rule without training again; names of schemes (window80, ema1)
 and what was shipped can be asked for too. All policies play the same episodes, which are neither
-those of the run's own evaluations nor those of an earlier call. The spread is over the episodes of this
-one run: whether averaging helps is a question for several runs (`scripts.compare`).
+those of the run's own evaluations nor those of an earlier call. The spread is over the episodes of
+this one run: whether averaging helps is a question for several runs (`scripts.compare`).
 """
 
 import csv

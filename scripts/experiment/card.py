@@ -26,7 +26,7 @@ Its weights, from that run: {label}.
 
 ## Play it
 
-From a checkout of the program that trained it, polyak_rl (commit {commit}), `DIR` being this folder:
+From a checkout of polyak_rl, which trained it (commit {commit}), `DIR` being this folder:
 
 ```sh
 python -m scripts.enjoy DIR

@@ -75,4 +75,4 @@ SHIPPABLE = [
     for scheme in SCHEMES.values()
     if scheme.at is None and scheme.name not in ("all", "placebo")
 ]
-"""The schemes that `scripts.ship` chooses among; windows stand for checkpoints, which are not kept."""
+"""What `scripts.ship` chooses among; windows stand for checkpoints, of which no files are kept."""
