@@ -109,10 +109,10 @@ class FinishedRun:
         path = self.path / CANDIDATES
         if not path.is_file():
             return {}
-        kept = dict(_load(path))
-        for weights in kept.values():
+        kept = _load(path)
+        for weights in kept.values() if isinstance(kept, dict) else [kept]:
             self._require_fit(weights, path)
-        return kept
+        return dict(kept)
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -174,7 +174,8 @@ class FinishedRun:
     def _require_fit(self, weights: Any, path: Path) -> None:
         """Raise ValueError where a file holds something else than weights of the policy."""
         ours = {name: x.shape for name, x in self.network.named_parameters()}
-        theirs = {name: x.shape for name, x in dict(weights).items() if isinstance(x, Tensor)}
+        given = weights if isinstance(weights, dict) else {}
+        theirs = {name: x.shape for name, x in given.items() if isinstance(x, Tensor)}
         if any(theirs.get(name) != shape for name, shape in ours.items()):
             raise ValueError(f"{path} holds weights of another policy than config.json describes")
 
