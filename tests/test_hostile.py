@@ -9,7 +9,7 @@ import gymnasium as gym
 import pytest
 
 from agents.checkpoint import newest
-from scripts import enjoy, posthoc, train
+from scripts import enjoy, posthoc, ship, train
 from scripts.experiment.jobs import Job
 from scripts.experiment.measurement import run
 from scripts.experiment.paths import beside, folder_name
@@ -57,7 +57,7 @@ def about(folder, **changes):
 
 
 FILES = ["resumed.txt", "config.json", "evaluations.csv", "evaluations.npz", "policy.pt"]
-FILES += ["timeline.pt"]
+FILES += ["timeline.pt", "candidates.pt"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -134,13 +134,16 @@ def test_what_a_manifest_says_is_written_as_one_line_without_control_characters(
     assert "\x1b" not in capsys.readouterr().err
 
 
-def test_results_of_posthoc_and_videos_follow_no_link(finished, outside, tmp_path, capsys):
+def test_what_is_made_of_a_finished_run_follows_no_link(finished, outside, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    (folder / "posthoc.csv").symlink_to(outside / "file")
+    for name in ("posthoc.csv", "shipped.pt", "shipped.json", "episodes.json"):
+        (folder / name).symlink_to(tmp_path / "not yet" if "json" in name else outside / "file")
     (folder / "videos").mkdir()
     (folder / "videos" / "rl-video-episode-0.mp4").symlink_to(outside / "file")
     assert posthoc.main([str(folder), "--episodes", "2"]) == 0
+    assert ship.main([str(folder), "--episodes", "0"]) == 0
+    assert not any((folder / name).is_symlink() for name in ("shipped.pt", "shipped.json"))
     assert enjoy.main([str(folder), "--episodes", "1", "--video"]) == 0
     (video,) = (folder / "videos").iterdir()
     assert video.stat().st_size > 1000
@@ -185,7 +188,7 @@ def forget():
 
 
 @pytest.mark.usefixtures("forget")
-@pytest.mark.parametrize("script", [enjoy, posthoc])
+@pytest.mark.parametrize("script", [enjoy, posthoc, ship])
 def test_a_module_that_lies_in_the_run_folder_is_never_imported(
     script, finished, tmp_path, monkeypatch, capsys
 ):

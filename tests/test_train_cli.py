@@ -16,6 +16,7 @@ from agents.seeding import evaluation_seeds
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
 from scripts.experiment import life
+from scripts.experiment.finished import read
 from scripts.experiment.run_folder import RunFolder, new_run_folder
 
 QUICK = ["--total-steps", "300", "--eval-every", "100", "--eval-episodes", "3"]
@@ -150,17 +151,18 @@ def test_the_policy_file_is_data_and_belongs_to_one_seed(run):
 
 def test_enjoy_plays_the_trained_policy(run, capsys):
     assert enjoy.main([str(run), "--episodes", "2", "--seed", "7"]) == 0
-    first, second, mean = capsys.readouterr().out.splitlines()
+    policy, first, second, mean = capsys.readouterr().out.splitlines()
+    assert policy == "policy: last"
     assert first.startswith("episode seed 7: return ")
     assert second.startswith("episode seed 8: return ")
     assert mean.endswith("over 2 episodes")
 
 
 def test_enjoy_reaches_the_returns_that_training_wrote_down(run):
-    policy, env_id, algo = enjoy.load_policy(run)
+    finished = read(run)
     seeds = evaluation_seeds("CartPole-v1", 3, 3).tolist()
-    env = make_env(env_id)
-    played = [total for total, _ in enjoy.play(policy, env, algo, seeds)]
+    env = make_env(finished.env_id)
+    played = [total for total, _ in enjoy.play(finished.policy("last"), env, "dqn", seeds)]
     assert played == np.load(run / "evaluations.npz")["results"][-1].tolist()
 
 
