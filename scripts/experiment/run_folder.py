@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,8 @@ class RunFolder:
         self.events.close()
         if self.averages:
             self.averages.close()
-        self.table.close()
+        with suppress(OSError):  # what waits in it could not be written before, which was said
+            self.table.close()
 
     def _events_of(self, scheme: str) -> EventFile:
         """Where a scheme's evaluations go."""
