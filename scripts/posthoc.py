@@ -95,7 +95,9 @@ def evaluate(
     policy, env_id, algo = load_policy(run, trust=trust)
     if not (run / "timeline.pt").is_file():
         raise ValueError(f"{run} has no timeline.pt: it was trained without one, or has not ended")
-    timeline = Timeline.load(run / "timeline.pt", policy, max_bytes=1 << 36)
+    size = (run / "timeline.pt").stat().st_size
+    # At least half of its segments are full, in float32; of a short run, fewer, but of little.
+    timeline = Timeline.load(run / "timeline.pt", policy, max_bytes=max(8 * size, 1 << 30))
     states: dict[str, Mapping[str, Tensor]] = {"last": dict(policy.named_parameters())}
     states |= {text: timeline.average(rule) for text, rule in averages.items()}
 
