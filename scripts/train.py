@@ -46,7 +46,7 @@ from scripts.experiment import life
 from scripts.experiment.life import Run
 from scripts.experiment.locks import Hold
 from scripts.experiment.run_folder import new_run_folder
-from scripts.experiment.terminal import unfailing_output
+from scripts.experiment.terminal import unfailing_output, whole_numbers
 from scripts.experiment.trust import require_trusted
 
 DEFAULT_ENV = {
@@ -93,7 +93,7 @@ class Options(Generic[AgentConfig]):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, which nothing that is printed can change."""
     with unfailing_output():
-        return command(sys.argv[1:] if argv is None else list(argv))
+        return command(whole_numbers(sys.argv[1:] if argv is None else argv))
 
 
 def command(argv: Sequence[str]) -> int:
@@ -189,7 +189,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
         OmitArgPrefixes[choice],  # type: ignore[misc]
         args=argv,
         prog="python -m scripts.train",
-        description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment.",
+        description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment. "
+        "A run that was stopped or killed goes on with: python -m scripts.train --resume RUN "
+        "(--trust, if its environment is of a module of yours).",
     )
     if options.threads < 1:
         raise ValueError(f"threads must be at least 1, got {options.threads}")
@@ -222,6 +224,8 @@ def chosen_seeds(options: Options[Any]) -> tuple[int, ...]:
         ValueError: They are not written as 1..20 or 1,5,7, or several were not asked for together.
     """
     if options.seeds is None:
+        if options.together:
+            raise ValueError("--together needs several seeds, such as --seeds 1..20")
         return (options.seed,)
     try:
         if ".." in options.seeds:
@@ -230,7 +234,9 @@ def chosen_seeds(options: Options[Any]) -> tuple[int, ...]:
         else:
             seeds = tuple(map(int, options.seeds.split(",")))
     except ValueError:
-        raise ValueError(f"seeds must be like 1..20 or 1,5,7, got {options.seeds!r}") from None
+        seeds = ()
+    if not seeds:
+        raise ValueError(f"seeds must be like 1..20 or 1,5,7, got {options.seeds!r}")
     if len(seeds) > 1 and not options.together:
         raise ValueError("several seeds in one process need --together; or start one process each")
     return seeds
@@ -262,7 +268,8 @@ def set_up(algo: str, options: Options[Any]) -> tuple[Run, Options[Any]]:
         try:
             for seed in training.seeds:
                 env_id = options.run.env_id
-                paths.append(new_run_folder(options.runs_dir, env_id, algo, seed))
+                root = options.runs_dir.expanduser()
+                paths.append(new_run_folder(root, env_id, algo, seed))
                 held.take(paths[-1])
             values = dataclasses.asdict(options) | {"runs_dir": str(options.runs_dir)}
             about = {"algo": algo, "options": values}
