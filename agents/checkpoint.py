@@ -34,11 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from agents.averaging import PolicyAverages
 from agents.evaluation import Evaluation
 from agents.training import EpisodeSeeds, Training
+from polyak_rl import PolicyAverages
 
-SCHEMA = 3
+SCHEMA = 4
 
 State = dict[str, Any]
 
@@ -260,8 +260,8 @@ def describe(training: Training, averages: PolicyAverages | None) -> State:
         "agent": dataclasses.asdict(training.agent.config),
         "observation size": spaces.obs_dim,
         "action size": spaces.action_dim,
-        "averages": [*averages.bank.rules] if averages else None,
-        "segments": averages.timeline.capacity if averages else None,
+        "averages": [*averages.rules] if averages else None,
+        "segments": averages.timeline.capacity if averages and averages.timeline else None,
     }
     plain: State = json.loads(json.dumps(record))
     return plain
@@ -291,12 +291,7 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
             for name, part in _parts(training.agent).items()
         },
         "sampling": [generator.get_state() for generator in training.sampling],
-        "averages": {
-            "bank": averages.bank.state_dict(),
-            "timeline": averages.timeline.state_dict(),
-        }
-        if averages
-        else None,
+        "averages": averages.state_dict() if averages else None,
         "losses": {tag: loss.clone() for tag, loss in training.losses.items()},
         "evaluations": {
             scheme: [torch.from_numpy(x.copy()) for x in result]
@@ -415,8 +410,7 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
     for generator, position in zip(training.sampling, state["sampling"], strict=True):
         generator.set_state(position)
     if averages:
-        averages.bank.load_state_dict(state["averages"]["bank"])
-        averages.timeline.load_state_dict(state["averages"]["timeline"])
+        averages.load_state_dict(state["averages"])
     training.losses = {tag: x.to(training.device) for tag, x in state["losses"].items()}
     training.evaluations = {
         scheme: Evaluation(returns.numpy(), lengths.numpy())

@@ -190,7 +190,8 @@ class Training:
         step: Environment steps taken, per seed.
         updates: Gradient steps taken.
         recorders: Called after every gradient step; averages of the policy's weights go here.
-        schemes: Name -> function that returns policy weights; each is evaluated. "last" is there.
+        schemes: Name -> function that returns policy weights, which are evaluated, or None where
+            there are none yet. "last" is there.
         diagnostics: Functions that return tags with values [S], called for a log line.
         stopping: Set it to end `run` after the step under way.
         skipped: Transitions and gradient steps that were left out, with `on_nonfinite="skip"`.
@@ -262,7 +263,7 @@ class Training:
         self.eval_seeds = np.stack(
             [evaluation_seeds(config.env_id, seed, config.eval_episodes) for seed in self.seeds]
         )
-        self.schemes: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+        self.schemes: dict[str, Callable[[], Mapping[str, Tensor] | None]] = {
             "last": lambda: dict(self.agent.policy.named_parameters())
         }
         self.recorders: list[Callable[[], None]] = []
@@ -345,7 +346,8 @@ class Training:
 
     def evaluate(self) -> None:
         """Play the evaluation episodes with the policy of every scheme."""
-        states = {scheme: weights() for scheme, weights in self.schemes.items()}
+        weights = {scheme: give() for scheme, give in self.schemes.items()}
+        states = {scheme: state for scheme, state in weights.items() if state is not None}
         self.evaluations = self.play(states, self.eval_seeds)
         for scheme, (returns, lengths) in self.evaluations.items():
             for member, log in enumerate(self.logs):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agents.averaging import PolicyAverages
+from agents.averaging import record_policy
 from agents.checkpoint import Checkpoints, newest, restore, training_state, write_whole
 from agents.dqn import DQNConfig
 from agents.training import TrainConfig, Training
@@ -23,7 +23,7 @@ CONFIG = TrainConfig("CartPole-v1", 400, eval_every=10**6)
 
 def new(agent=AGENT, config=CONFIG, seeds=(1,)):
     training = Training("dqn", agent, config, seeds)
-    return training, PolicyAverages(training, {"uniform": Uniform()}, capacity=20)
+    return training, record_policy(training, {"uniform": Uniform()}, capacity=20)
 
 
 def advance(training, step):

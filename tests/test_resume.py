@@ -16,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.averaging import PolicyAverages
+from agents.averaging import evaluate_averages, record_policy
 from agents.checkpoint import Checkpoints, newest, restore, training_state
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
@@ -43,9 +43,8 @@ def new(case, steps, seeds=(1,), n_envs=1, **options):
     logs = [Recorder() for _ in seeds]
     training = Training(algo, agent, TrainConfig(env_id, steps, n_envs, **run), seeds, logs)
     rules = {"uniform": Uniform(), "ema": Ema(half_life=9)}
-    averages = PolicyAverages(training, rules, capacity=20)
-    training.schemes["ema"] = lambda: averages.average("ema")
-    training.diagnostics.append(averages.distances)
+    averages = record_policy(training, rules, capacity=20)
+    evaluate_averages(training, averages)
     return training, averages
 
 

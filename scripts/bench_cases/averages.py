@@ -5,10 +5,10 @@ from functools import partial
 
 import torch
 
-from agents.averaging import PolicyAverages, default_rules
+from agents.averaging import default_rules, record_policy
 from agents.sac import SACConfig
 from agents.training import Training
-from polyak_rl import AverageBank, Ema, Power, Rule, Uniform, Window, flatten_
+from polyak_rl import AverageBank, Ema, PolicyAverages, Power, Rule, Uniform, Window, flatten_
 from scripts.bench_cases.floors import COPY
 from scripts.bench_cases.timing import STEP, Bench, Contender, call_all
 from scripts.bench_cases.trainings import filled, learn
@@ -39,7 +39,7 @@ def averages_of(
     training: Training, name: str
 ) -> tuple[PolicyAverages, Sequence[Callable[[], None]]]:
     """Averages of a training's policy by a set of rules, and what records them at each step."""
-    averages = PolicyAverages(training, RULES[name](training.total_updates))
+    averages = record_policy(training, RULES[name](training.total_updates))
     recorders, training.recorders = training.recorders, []
     return averages, recorders
 
