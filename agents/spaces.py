@@ -100,7 +100,8 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
         screen = gym.make(env_id, disable_env_checker=True, frameskip=1, **kwargs)
         return FrameStackObservation(AtariPreprocessing(screen), stack_size=4)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        extra = "; pip install 'polyak-rl[atari]'" if env_id.startswith("ALE/") else ""
-        raise ValueError(f"cannot make the environment {env_id!r}: {error}{extra}") from error
+        atari = "; pip install -c constraints.txt --group atari"
+        hint = atari if env_id.startswith("ALE/") else ""
+        raise ValueError(f"cannot make the environment {env_id!r}: {error}{hint}") from error
     except gym.error.Error as error:
         raise ValueError(f"cannot make the environment {env_id!r}: {error}") from error

@@ -521,7 +521,7 @@ def test_pong_trains_and_goes_on_from_its_checkpoint_to_the_bit(tmp_path):
 
 def test_an_atari_game_without_its_package_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ale_py", None)
-    with pytest.raises(ValueError, match=r"ALE/Pong-v5.*pip install 'polyak-rl\[atari\]'"):
+    with pytest.raises(ValueError, match=r"ALE/Pong-v5.*pip install .*--group atari"):
         make_env("ALE/Pong-v5")
 
 
