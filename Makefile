@@ -47,10 +47,12 @@ docs: $(VENV)/installed  ## the pages and the API reference, to build/docs/index
 	$(BIN)/python -m scripts.docs build/docs
 
 # No environment of its own: PYTHON has torch, numpy, pytest, hypothesis, tensorboard, tyro,
-# gymnasium with MuJoCo and stable-baselines3. The project's own pytest options want more.
+# gymnasium with MuJoCo and stable-baselines3. The options of pyproject.toml ask for more.
 gpu:  ## on a machine with a GPU: its tests, five minutes, then its figures, five minutes
 	mkdir -p runs/gpu
-	OMP_NUM_THREADS=4 timeout 300 $(PYTHON) -m pytest -q -m cuda -o addopts= tests 2>&1 | tee runs/gpu/tests.txt
+	-OMP_NUM_THREADS=4 timeout 300 $(PYTHON) -m pytest -q -m cuda -o addopts= -o filterwarnings=default \
+		$$(grep -l mark.cuda tests/test_*.py) > runs/gpu/tests.txt 2>&1
+	tail -n 40 runs/gpu/tests.txt
 	OMP_NUM_THREADS=4 $(PYTHON) -m scripts.bench --device cuda --threads 4 --rounds 7 --minutes 4.5 --out runs/gpu
 
 clean:

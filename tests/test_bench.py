@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from scripts.bench_cases.timing import Bench, Case, Goal, Needs, Peaks, Spread, 
 from scripts.bench_cases.trainings import filled, learn
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 GOALS = [*goals()]
 
 ON_CPU = ["updates", "steps", "loops", "averaging", "memory", "scaling"]
@@ -163,6 +167,14 @@ def test_storage_is_counted_once_and_the_network_left_out():
     network = torch.nn.Linear(4, 4, bias=False)
     assert held([network.weight, network.weight.view(-1)]) == 64
     assert held({"a": network.weight, "b": torch.zeros(2)}, without=network) == 8
+
+
+def test_it_asks_for_no_more_than_a_bare_machine_has():
+    """`make gpu` names what it needs; a missing module is None to the import system."""
+    absent = "rich matplotlib scipy pandas ray moviepy pygame Box2D ale_py cv2 jax sbx optax timm"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent.split()})); import scripts.bench"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def peaks(device: torch.device, elements: int = 1 << 27, side: int = 8192) -> Pe
     """What the device can do: a plain copy of so many floats, and a product of square matrices."""
     x, a = torch.ones(elements, device=device), torch.ones(side, side, device=device)
     bench = Bench(device, rounds=5)
+    bench.section = "peaks"
     bench.compare(COPY, {COPY: partial(torch.empty_like(x).copy_, x), "product": lambda: a @ a})
     seconds = bench.cases[0].seconds
     return Peaks(2 * x.nbytes / seconds(COPY).low, 2 * side**3 / seconds("product").low)
