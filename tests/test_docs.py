@@ -15,7 +15,8 @@ import polyak_rl.optim
 import polyak_rl.sb3
 import polyak_rl.solver
 from scripts import docs
-from scripts.docs import PAGES, broken_links, link_to
+from scripts.documentation.links import broken_links
+from scripts.documentation.pages import PAGES, link_to
 
 ROOT = Path(__file__).parent.parent
 FILES = [p for p in sorted((ROOT / "polyak_rl").glob("*.py")) if p.stem != "__init__"]

@@ -82,7 +82,7 @@ def goals() -> Iterator[Goal]:
     yield on_gpu("flat target update, twin critic, in a graph", GRAPH, REPLAY, 3)
     yield on_gpu("flat target update, 1e8 parameters", PARAMETERS, TARGET_FLAT, 440, "1e+08")
     for seeds, sac, dqn in ((1, 200, 60), (20, 400, None), (128, 1000, 100), (1024, 3500, 300)):
-        text, size = f"step of {seeds} seeds in one replay", str(seeds)
+        text, size = f"step in one replay, seeds {seeds}", str(seeds)
         yield on_gpu(f"SAC {text}", SAC_SEEDS, TOGETHER, sac, size, seeds)
         if dqn:
             yield on_gpu(f"DQN 64 units, {text}", DQN64_SEEDS, TOGETHER, dqn, size, seeds)

@@ -109,7 +109,7 @@ class Goal:
     at_least: float | None = None
     at_most: float | None = None
     gpu: bool = False
-    """whether only a GPU can show it"""
+    """whether it is asked of a GPU, else of a CPU"""
 
     @property
     def bound(self) -> str:
@@ -227,7 +227,7 @@ class Bench:
 
     def reached(self, goal: Goal) -> Spread | None:
         """What a goal came to; None where it was not measured."""
-        if goal.gpu and self.device.type != "cuda":
+        if goal.gpu != (self.device.type == "cuda"):
             return None
         if not goal.under:
             found = [v.value for v in self.values if v.name == goal.title]
