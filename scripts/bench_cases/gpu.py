@@ -1,4 +1,4 @@
-"""What only a GPU shows: launches, graph replay, and the two peaks of the roofline."""
+"""What only a GPU shows: launches, and an update beside its replay and beside a copy."""
 
 from collections.abc import Callable
 from functools import partial
