@@ -18,8 +18,19 @@ from scripts.bench_cases import gpu, updates
 from scripts.bench_cases.counting import flops, held
 from scripts.bench_cases.floors import gemms, peaks, products, traffic
 from scripts.bench_cases.goals import goals
+from scripts.bench_cases.lean import LeanSAC
 from scripts.bench_cases.tables import by_contender, by_size, figure, to_markdown
-from scripts.bench_cases.timing import Bench, Case, Goal, Needs, Peaks, Spread, call_all, pinned
+from scripts.bench_cases.timing import (
+    Bench,
+    Case,
+    Contender,
+    Goal,
+    Needs,
+    Peaks,
+    Spread,
+    call_all,
+    pinned,
+)
 from scripts.bench_cases.trainings import filled, learn
 
 CPU = torch.device("cpu")
@@ -151,6 +162,22 @@ def test_a_gradient_step_multiplies_as_much_as_its_floor(algo, env_id, config):
     assert flops(lambda: learn(training, steps)) == needed > 0
 
 
+def test_leanrls_step_multiplies_as_much_and_moves_its_target():
+    config = SACConfig(hidden=(16, 12), batch_size=8, tau=0.25)
+    lean = LeanSAC(3, 2, config, CPU, rows=32, fast=lambda step: step)
+    outer = (
+        2 * 2 * (2 * 8 * 12)
+    )  # of one output and its weights, which the floor multiplies plainly
+    assert flops(lean) == flops(lambda: call_all(gemms("sac", 3, 2, config, CPU))) + outer
+    before = {name: weight.clone() for name, weight in lean.q_target.items()}
+    actor = [p.detach().clone() for p in lean.actor.parameters()]
+    lean()
+    for name, weight in lean.q_target.items():
+        torch.testing.assert_close(weight, before[name].lerp(lean.q[name].detach(), 0.25))
+        assert not torch.equal(weight, before[name])
+    assert not any(map(torch.equal, actor, lean.actor.parameters()))
+
+
 def test_a_pass_multiplies_what_its_gradients_need():
     """By hand: two layers 3 -> 8 -> 5, four rows; a product of [a, b] [b, c] is 2 a b c."""
     there = 2 * 4 * (3 * 8 + 8 * 5)
@@ -211,8 +238,21 @@ def test_what_time_does_not_allow_is_named_and_not_measured():
     late.compare("t", {"a": lambda: None, "b": lambda: None}, size="20")
     assert not late.cases
     text = to_markdown(late, [Goal("g", "t", "20", over="a", under="b", at_least=1)], {}, [])
-    assert "Not measured, for want of time: updates: t 20." in text
+    assert "Left out: updates: t 20." in text
     assert "| g | at least 1 |  | not measured |" in text
+
+
+def test_a_rival_that_cannot_run_is_named_and_left_out_and_ours_is_an_error():
+    def broken():
+        raise RuntimeError("no such kernel\nand a trace")
+
+    one = Bench(CPU, rounds=1, quick=True)
+    one.section = "steps"
+    one.compare("t", {"ours": lambda: None, "theirs": Contender(broken, rival=True)})
+    assert [*one.cases[0].rounds] == ["ours"]
+    assert one.left_out == ["steps: t, theirs (no such kernel)"]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        one.compare("t", {"ours": broken})
 
 
 def test_a_roofline_is_the_longer_of_bytes_and_operations():

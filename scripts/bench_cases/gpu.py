@@ -44,6 +44,11 @@ def gpu(bench: Bench) -> None:
     compare_flat(bench, HUNDRED_MB, "", 25_000_000, 12)
 
 
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a call that was compiled and captured."""
+    return captured(torch.compile(run))
+
+
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     """The replay of a call captured in a CUDA graph."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

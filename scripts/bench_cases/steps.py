@@ -16,6 +16,8 @@ from agents.td3 import TD3Config
 from agents.training import Training
 from scripts.bench_cases.counting import flops
 from scripts.bench_cases.floors import gemms, traffic
+from scripts.bench_cases.gpu import graphed
+from scripts.bench_cases.lean import LEAN, LeanSAC
 from scripts.bench_cases.rivals import SB3, fill, rival_agents
 from scripts.bench_cases.timing import STEP, Bench, Contender, Needs, call_all
 from scripts.bench_cases.trainings import COMPILED, OURS, ROWS, filled, learn, ways
@@ -78,6 +80,11 @@ def steps(bench: Bench) -> None:
             fill(model.replay_buffer)
             train = partial(model.train, gradient_steps=burst, batch_size=config.batch_size)
             contenders[name] = Contender(train, burst, rival=True)
+        if algo == "sac" and bench.compile and bench.device.type == "cuda":
+            size = trainings[OURS].interface
+            sizes = math.prod(size.obs_shape), size.action_dim
+            lean = LeanSAC(*sizes, config, bench.device, ROWS, graphed)
+            contenders[LEAN] = Contender(lean, rival=True)
         note = f"{env_id}'s shapes, units {config.hidden}, batch {config.batch_size}"
         bench.compare(title, contenders, seconds=STEP, note=note, baseline=SB3, needs=needs)
         for training in trainings.values():

@@ -118,7 +118,7 @@ def to_markdown(
         if values:
             parts.append(table(["", ""], [[v.name, counted(v)] for v in values]))
     if bench.left_out:
-        parts.append(f"Not measured, for want of time: {'; '.join(bench.left_out)}.")
+        parts.append(f"Left out: {'; '.join(bench.left_out)}.")
     return "\n\n".join(parts) + "\n"
 
 

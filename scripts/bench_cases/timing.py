@@ -202,17 +202,26 @@ class Bench:
             return
         print(name, file=sys.stderr, flush=True)
         entered = {
-            name: c if isinstance(c, Contender) else Contender(c) for name, c in contenders.items()
+            who: c if isinstance(c, Contender) else Contender(c) for who, c in contenders.items()
         }
         gc.collect()
         gc.freeze()  # what was just built would be walked through in everybody's turns
-        calls = {name: self._calls(c, 0 if self.quick else seconds) for name, c in entered.items()}
-        rounds: dict[str, list[float]] = {name: [] for name in entered}
+        calls: dict[str, int] = {}
+        for who, contender in [*entered.items()]:
+            try:
+                calls[who] = self._calls(contender, 0 if self.quick else seconds)
+            except RuntimeError as error:
+                if not contender.rival:
+                    raise
+                reason = str(error).partition("\n")[0]
+                self.left_out.append(f"{name}, {who} ({reason})")
+                del entered[who]
+        rounds: dict[str, list[float]] = {who: [] for who in entered}
         order = list(entered)
         for _ in range(self.rounds):
-            for name in order:
-                turn = self._turn(entered[name], calls[name])
-                rounds[name].append(turn / (calls[name] * entered[name].per_call))
+            for who in order:
+                turn = self._turn(entered[who], calls[who])
+                rounds[who].append(turn / (calls[who] * entered[who].per_call))
             order = [*order[1:], order[0]]
         gc.unfreeze()
         roofline = 0.0
