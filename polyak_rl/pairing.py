@@ -215,6 +215,18 @@ def match(
     return pairs
 
 
+def detached(pairs: list[Pair]) -> list[Pair]:
+    """The same pairs apart from any graph."""
+    return [Pair(p.name, p.target.detach(), p.online.detach(), p.is_buffer) for p in pairs]
+
+
+def shards(pairs: list[Pair]) -> list[Pair]:
+    """Pairs of what this process holds: all of a plain tensor, its shard of a DTensor."""
+    if not any(is_sharded(pair.target) for pair in pairs):
+        return pairs
+    return [Pair(p.name, shard_of(p.target), shard_of(p.online), p.is_buffer) for p in pairs]
+
+
 def require_matches(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
     """Raise where a pattern matches no name: most likely it is misspelt."""
     for pattern in patterns:

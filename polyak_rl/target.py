@@ -14,20 +14,23 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from polyak_rl.buffers import Buffers
 from polyak_rl.flat import flatten_like_
 from polyak_rl.guard import Guard, all_finite, check_guard
 from polyak_rl.pairing import (
     Network,
     Pair,
+    detached,
     is_sharded,
     match,
     matches_any,
     require_matches,
+    shards,
     unwrap,
     walk,
 )
-from polyak_rl.plan import Buffers, Plan, Tau, check_tau, detached, shards, tensor_rules
 from polyak_rl.rules import require_int
+from polyak_rl.update import Plan, Tau, check_tau, terms_of
 
 
 def soft_update(
@@ -56,7 +59,7 @@ def soft_update(
             copied). Integers are never averaged, but copied. Plain mappings do not say which
             tensors are buffers: floating ones are averaged, others copied.
 
-    Under ``torch.compile`` give modules, and one ``tau`` and policy instead of patterns
+    Under ``torch.compile`` give modules, and one ``tau`` and treatment instead of patterns
     (:class:`TargetNetwork` takes those there too).
 
     Raises:
@@ -83,10 +86,10 @@ def soft_update(
     if not (isinstance(target, nn.Module) and isinstance(online, nn.Module)):
         with torch.no_grad():
             pairs = shards(match(target, online))
-            Plan(pairs, tau, tensor_rules(pairs, tau, buffers)).apply()
+            Plan(pairs, tau, terms_of(pairs, tau, buffers)).apply()
     elif torch.compiler.is_compiling():
         pairs = _traced_pairs(target, online)
-        Plan(pairs, tau, tensor_rules(pairs, tau, buffers)).apply()
+        Plan(pairs, tau, terms_of(pairs, tau, buffers)).apply()
     else:
         _planned(target, online, tau, buffers).apply()
 
@@ -240,7 +243,7 @@ class TargetNetwork(nn.Module):
         require_int(every, 1, "every")
         self.every = every
         self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        self._policy = buffers
+        self._buffer_treatment = buffers
         self._tau = check_tau(tau)
         self._online = (online,)  # a tuple, so that it is not a submodule
         self._clock = self.skipped = 0
@@ -388,7 +391,7 @@ class TargetNetwork(nn.Module):
         if torch.compiler.is_compiling():
             # What is traced reads the modules anew: a plan would keep tensors that are gone later.
             pairs = _traced_pairs(self.module, self.online, self._excluded)
-            return Plan(pairs, self._tau, self._plan.rules, self._plan.masters)
+            return Plan(pairs, self._tau, self._plan.terms, self._plan.masters)
         if not self._plan.intact():
             self._follow()
             self._plan = self._plan_updates(self._tau, self._plan.masters)
@@ -414,8 +417,8 @@ class TargetNetwork(nn.Module):
 
     def _plan_updates(self, tau: Tau, masters: Mapping[str, Tensor] | None = None) -> Plan:
         pairs = detached(shards(match(self.module, self.online, self._exclude)))
-        rules = tensor_rules(pairs, tau, self._policy)
-        return Plan(pairs, tau, rules, masters or {}, (self.module, self.online))
+        terms = terms_of(pairs, tau, self._buffer_treatment)
+        return Plan(pairs, tau, terms, masters or {}, (self.module, self.online))
 
 
 # By target: the online network, the options and the plan of the last soft_update.
@@ -433,7 +436,7 @@ def _planned(target: nn.Module, online: nn.Module, tau: Tau, buffers: Buffers) -
                 plan.set_tau(check_tau(tau))
             return plan
     pairs = detached(shards(match(target, online)))
-    plan = Plan(pairs, tau, tensor_rules(pairs, tau, buffers), modules=(target, online))
+    plan = Plan(pairs, tau, terms_of(pairs, tau, buffers), modules=(target, online))
     _plans[target] = (ref(online), options, plan)
     return plan
 

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from polyak_rl.buffers import Buffers, Treatment, by_pattern, choose_treatments
 from polyak_rl.flat import coalesce
-from polyak_rl.pairing import Pair, Watch, is_sharded, require_matches, shard_of
+from polyak_rl.pairing import Pair, Watch
 
 Tau: TypeAlias = float | Tensor | Mapping[str, float]
 """One number in [0, 1], a 0-dim tensor on the networks' device, or a number per name pattern."""
 
-Policy: TypeAlias = Literal["copy", "average", "keep"]
-"""What happens to a buffer: copied exactly, averaged like a parameter, or left alone."""
 
-Buffers: TypeAlias = Policy | Mapping[str, Policy]
-"""One policy, or a policy per name pattern; of several patterns that match the last one counts."""
+class Terms(NamedTuple):
+    """On which terms a tensor follows: its treatment, and its own tau if there are patterns."""
+
+    treatment: Treatment
+    tau: float | None
+
+
+def terms_of(pairs: list[Pair], tau: Tau, buffers: Buffers) -> dict[str, Terms]:
+    """What the patterns say of each tensor."""
+    treatments = choose_treatments([(p.name, p.target, p.is_buffer) for p in pairs], buffers)
+    taus: Mapping[str, float] = {}
+    if isinstance(tau, Mapping):
+        moving = [pair.name for pair in pairs if treatments[pair.name] == "average"]
+        taus = by_pattern("tau", tau, moving)
+    return {name: Terms(how, taus.get(name)) for name, how in treatments.items()}
 
 
 class Plan:
@@ -35,18 +46,18 @@ class Plan:
         self,
         pairs: list[Pair],
         tau: Tau,
-        rules: Mapping[str, tuple[Policy, float | None]],
+        terms: Mapping[str, Terms],
         masters: Mapping[str, Tensor] | None = None,
         modules: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         self.pairs = pairs
-        self.rules = rules
+        self.terms = terms
         moving, copied = [], []
         for pair in pairs:
-            policy, _ = rules[pair.name]
-            if policy == "average":
+            treatment, _ = terms[pair.name]
+            if treatment == "average":
                 moving.append(pair)
-            elif policy == "copy":
+            elif treatment == "copy":
                 copied.append(pair)
         self._copied = ([pair.target for pair in copied], [pair.online for pair in copied])
         has_masters = masters is not None and any(map(_is_coarse, moving))
@@ -54,7 +65,7 @@ class Plan:
             moving = coalesce(moving, *modules)
         kinds: dict[Any, list[Pair]] = {}
         for pair in moving:
-            own_tau = rules[pair.name][1] if pair.name in rules else None
+            own_tau = terms[pair.name].tau if pair.name in terms else None
             kind = (pair.target.dtype, pair.online.dtype, pair.target.device, own_tau)
             kinds.setdefault(kind, []).append(pair)
         self._groups = [_Group(group, kind[-1], masters) for kind, group in kinds.items()]
@@ -189,18 +200,6 @@ def _master(target: Tensor, known: Tensor | None) -> Tensor:
     return torch.where(known.to(target.dtype).to(torch.float32) == master, known, master)
 
 
-def detached(pairs: list[Pair]) -> list[Pair]:
-    """The same pairs apart from any graph."""
-    return [Pair(p.name, p.target.detach(), p.online.detach(), p.is_buffer) for p in pairs]
-
-
-def shards(pairs: list[Pair]) -> list[Pair]:
-    """Pairs of what this process holds: all of a plain tensor, its shard of a DTensor."""
-    if not any(is_sharded(pair.target) for pair in pairs):
-        return pairs
-    return [Pair(p.name, shard_of(p.target), shard_of(p.online), p.is_buffer) for p in pairs]
-
-
 def check_tau(tau: Tau) -> Tau:
     """Tau as a float, a detached tensor or a mapping to floats; ValueError if it is none."""
     if isinstance(tau, Tensor):
@@ -219,53 +218,3 @@ def _check_number(tau: float) -> float:
     if isinstance(tau, bool) or not isinstance(tau, Real) or not 0 <= tau <= 1:
         raise ValueError(f"tau must be in [0, 1], got {tau!r}")
     return float(tau)
-
-
-def choose_policies(
-    tensors: Sequence[tuple[str, Tensor, bool]], buffers: Buffers
-) -> dict[str, Policy]:
-    """What happens to each (name, tensor, is_buffer): parameters are averaged, integers never."""
-    for policy in buffers.values() if isinstance(buffers, Mapping) else [buffers]:
-        if policy not in ("copy", "average", "keep"):
-            raise ValueError(f"buffers must be 'copy', 'average' or 'keep', got {policy!r}")
-    names = [name for name, _, is_buffer in tensors if is_buffer]
-    if isinstance(buffers, Mapping):
-        policies = _by_pattern("buffers", buffers, names, "copy")
-    else:
-        policies = dict.fromkeys(names, buffers)
-    for name, tensor, _ in tensors:
-        policy = policies.setdefault(name, "average")
-        if policy == "average" and not (tensor.is_floating_point() or tensor.is_complex()):
-            policies[name] = "copy"
-    return policies
-
-
-def tensor_rules(
-    pairs: list[Pair], tau: Tau, buffers: Buffers
-) -> dict[str, tuple[Policy, float | None]]:
-    """What the patterns say of each tensor: its policy, and its own tau if there are patterns."""
-    policies = choose_policies([(p.name, p.target, p.is_buffer) for p in pairs], buffers)
-    taus: Mapping[str, float] = {}
-    if isinstance(tau, Mapping):
-        moving = [pair.name for pair in pairs if policies[pair.name] == "average"]
-        taus = _by_pattern("tau", tau, moving)
-    return {name: (policy, taus.get(name)) for name, policy in policies.items()}
-
-
-_T = TypeVar("_T")
-
-
-def _by_pattern(
-    argument: str, patterns: Mapping[str, _T], names: list[str], default: _T | None = None
-) -> dict[str, _T]:
-    """The value of the last pattern that matches each name."""
-    require_matches(argument, patterns, names)
-    values = {}
-    for name in names:
-        found = [value for pattern, value in patterns.items() if fnmatchcase(name, pattern)]
-        if not found and default is None:
-            raise ValueError(
-                f"no {argument} pattern matches {name!r}; the patterns are {[*patterns]}"
-            )
-        values[name] = found[-1] if found else default
-    return values  # type: ignore[return-value]
