@@ -135,9 +135,10 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def check(config: Any) -> None:
-    """Raise a ValueError naming the first field of a dataclass that lies outside its limits.
+    """Check the fields of a dataclass; a tuple is checked item by item, and None passes.
 
-    None passes (it means "choose for me" where a field allows it); a tuple is checked item by item.
+    Raises:
+        ValueError: A field lies outside its limits; the first such one is named.
     """
     for field in dataclasses.fields(config):
         low, high = LIMITS.get(field.name, (-math.inf, math.inf))

@@ -133,8 +133,8 @@ class DQN:
                 q_next = q_next.amax(-1)
             y = r + self.config.gamma * (1 - terminated) * q_next  # [S, B]
 
-        # L = mean Huber(y - Q(s, a))
+        # L = mean Huber(y - Q(s, a)); a compiled smooth_l1_loss would lose a NaN
         q = self.q(s).gather(-1, a.long()).squeeze(-1)  # [S, B]
-        loss = F.smooth_l1_loss(q, y, reduction="none").mean(-1)  # [S]
+        loss = F.huber_loss(q, y, reduction="none").mean(-1)  # [S]
         self.descent.step("q", loss)
         return {"losses/td_loss": loss.detach(), "losses/q_values": q.detach()}

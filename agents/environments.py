@@ -368,6 +368,7 @@ def require_finite(
         looks += [("the first observation of an episode", finite(obs), False)]
     for what, good, before_reset in looks:
         for i in np.flatnonzero(~good).tolist():
+            value = f" of {reward[i]:g}" if what == "a reward" else ""
             env = envs.envs[i] if isinstance(envs, SyncVectorEnv) else None
             where = f"environment {i}"
             if isinstance(env, EpisodeSeeds):

@@ -238,7 +238,11 @@ def _like(arguments: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
 
 
 def require_compiler() -> None:
-    """Raise a ValueError where Inductor finds no C++ compiler, or that no headers of Python."""
+    """Look for what Inductor needs on CPU.
+
+    Raises:
+        ValueError: There is no C++ compiler, or there are no headers of Python.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler  # a second, for those who want it
     from torch._inductor.exc import InvalidCxxCompiler
 

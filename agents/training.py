@@ -281,7 +281,12 @@ class Training:
         self.skipped += len({gradient.row for gradient in bad})
 
     def evaluate(self) -> None:
-        """Play the evaluation episodes with the policy of every scheme, or give up if stopped."""
+        """Play the evaluation episodes with the policy of every scheme, or give up if stopped.
+
+        Raises:
+            EnvironmentFault: As in `agents.evaluation.play`.
+            NonFiniteError: A gradient was not finite.
+        """
         weights = {scheme: give() for scheme, give in self.schemes.items()}
         states = {scheme: state for scheme, state in weights.items() if state is not None}
         try:
@@ -307,6 +312,7 @@ class Training:
 
         Raises:
             EnvironmentFault: As in `agents.evaluation.play`.
+            NonFiniteError: A gradient was not finite.
             Stopped: `stopping` was set meanwhile.
         """
         self.require_finite()

@@ -434,7 +434,7 @@ def test_a_training_on_images_goes_on_from_its_checkpoint_to_the_bit(tmp_path, a
 
 
 def test_a_checkpoint_holds_each_frame_once_as_bytes(tmp_path):
-    agent = replace(CONFIG, learning_starts=1000)
+    agent = replace(CONFIG, gradient_steps=0)
     training = Training("dqn", agent, TrainConfig("test/Catch-v0", 200, eval_every=0))
     while training.step < 100:
         training.advance()
