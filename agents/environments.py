@@ -173,7 +173,7 @@ class EnvironmentFault(RuntimeError):
     """An environment raised, or returned what its spaces do not allow."""
 
 
-def observed(values: Any, shape: tuple[int, ...] | None) -> NDArray[Any]:
+def observed(values: Any, shape: tuple[int, ...] | None, dtype: Any) -> NDArray[Any]:
     """A reset's observation, as an array of the caller's own.
 
     Raises:
@@ -182,11 +182,11 @@ def observed(values: Any, shape: tuple[int, ...] | None) -> NDArray[Any]:
     if not isinstance(values, tuple) or len(values) != 2:
         raise TypeError(f"returned {_brief(values)} from reset, not (observation, info)")
     _check_info(values[1])
-    return _observation(values[0], shape)
+    return _observation(values[0], shape, dtype)
 
 
 def stepped(
-    values: Any, shape: tuple[int, ...] | None
+    values: Any, shape: tuple[int, ...] | None, dtype: Any
 ) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
     """What a step returned, checked; the observation is an array of the caller's own.
 
@@ -207,16 +207,21 @@ def stepped(
         if not isinstance(end, bool | np.bool_):
             raise TypeError(f"returned {name} that is not a bool, but {_brief(end)}")
     _check_info(info)
-    return _observation(obs, shape), float(reward), bool(terminated), bool(truncated), info
+    return _observation(obs, shape, dtype), float(reward), bool(terminated), bool(truncated), info
 
 
-def _observation(obs: Any, shape: tuple[int, ...] | None) -> NDArray[Any]:
+def _observation(obs: Any, shape: tuple[int, ...] | None, dtype: Any) -> NDArray[Any]:
     array = np.array(obs)  # a copy: an environment may write to its array at the next step
     if array.dtype.kind not in "fiub":
         raise TypeError(f"returned an observation that is not of real numbers, but {_brief(obs)}")
     if array.shape != shape:
         raise TypeError(f"returned an observation of shape {array.shape}, not {shape}")
-    return array
+    if array.dtype == dtype:
+        return array
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise TypeError(f"returned an observation of {array.dtype}, not {np.dtype(dtype)}")
+    with np.errstate(over="ignore"):  # what is infinite now is looked for later
+        return array.astype(dtype)
 
 
 def _check_info(info: Any) -> None:
@@ -264,7 +269,8 @@ class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
         with faults("reset", self.where):
             values = self.env.reset(seed=seed, options=options)
         with faults(None, self.where):
-            return observed(values, self.observation_space.shape), {}
+            space = self.observation_space
+            return observed(values, space.shape, space.dtype), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step the environment; what goes wrong is named."""
@@ -272,7 +278,8 @@ class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
         with faults("step", self.where):
             values = self.env.step(action)
         with faults(None, self.where):
-            return *stepped(values, self.observation_space.shape)[:4], {}
+            space = self.observation_space
+            return *stepped(values, space.shape, space.dtype)[:4], {}
 
     def close(self) -> None:
         """Close the environment; what goes wrong is named."""
@@ -368,11 +375,10 @@ def require_finite(
         looks += [("the first observation of an episode", finite(obs), False)]
     for what, good, before_reset in looks:
         for i in np.flatnonzero(~good).tolist():
-            value = f" of {reward[i]:g}" if what == "a reward" else ""
             env = envs.envs[i] if isinstance(envs, SyncVectorEnv) else None
             where = f"environment {i}"
             if isinstance(env, EpisodeSeeds):
                 where = env.before if before_reset and ended[i] else env.where()
-            raise NonFiniteError(
-                f"{what} is not finite in float32 after {step} environment steps: {where}"
-            )
+            value = f" of {reward[i]:g}" if what == "a reward" else ""
+            after = f"{what}{value} is not finite in float32 after {step} environment steps"
+            raise NonFiniteError(f"{after}: {where}")

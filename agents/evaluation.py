@@ -71,7 +71,7 @@ def play(
         with faults("reset", where):
             values: Any = envs[slot].reset(seed=seed)
         with faults(None, where):
-            obs[slot] = observed(values, shape)
+            obs[slot] = observed(values, shape, obs.dtype)
     returns = np.zeros(slots)
     playing = np.ones(slots, dtype=bool)
     step = 0
@@ -93,7 +93,7 @@ def play(
             with faults("step", where):
                 values = envs[slot].step(action[slot])
             with faults(None, where):
-                obs[slot], reward, terminated, truncated, _ = stepped(values, shape)
+                obs[slot], reward, terminated, truncated, _ = stepped(values, shape, obs.dtype)
             returns[slot] += reward
             lengths[slot] += 1
             playing[slot] = not (terminated or truncated)

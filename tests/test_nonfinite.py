@@ -113,8 +113,8 @@ def test_a_bad_observation_stops_the_run_and_says_what_reproduces_it(fault):
         training.run()
     seed = training.envs.envs[0].reset_seed
     assert str(stopped.value) == (
-        "an observation is not finite in float32 after 23 environment steps: environment 0 of seed 3, "
-        f"step 4 of the episode that reset(seed={seed}) begins"
+        "an observation is not finite in float32 after 23 environment steps: environment 0 of "
+        f"seed 3, step 4 of the episode that reset(seed={seed}) begins"
     )
     assert weights(training).isfinite().all()
     assert training.replay.added == 23

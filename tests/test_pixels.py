@@ -449,7 +449,8 @@ def test_a_checkpoint_holds_each_frame_once_as_bytes(tmp_path):
     [
         ("dqn", spaces.Box(0, 1, (4, 36, 36), np.float32), "dqn also takes images, a uint8 Box"),
         ("dqn", spaces.Box(0, 255, (36, 36), np.uint8), r"\(frames, height, width\)"),
-        ("sac", spaces.Box(0, 255, (4, 36, 36), np.uint8), r"one-dimensional Box, got .*uint8\)$"),
+        ("sac", spaces.Box(0, 255, (4, 36, 36), np.uint8), r"Box, got .*uint8\): --wrap a wrapper"),
+        ("dqn", spaces.Box(0, 255, (64, 96, 48), np.uint8), r"fewer frames .* got \(64, 96, 48\)"),
     ],
 )
 def test_other_images_are_refused_with_a_sentence(algo, space, message):
