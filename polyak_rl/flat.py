@@ -6,17 +6,16 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from polyak_rl.pairing import Entry, Pair, Watch, find_overlap, unwrap, walk
+from polyak_rl.pairing import Beside, Entry, Pair, Watch, find_overlap, unwrap, walk
 
 ALIGNMENT = 64  # bytes; a view off 16 bytes changes the bits of some matrix products
 _ROW = 256  # bytes; whole vectors of any width, so that no element's bits depend on its neighbours
 
-_flat: WeakKeyDictionary[nn.Module, Flat] = WeakKeyDictionary()
+_flat: Beside[Flat] = Beside()
 
 
 class Slot(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from polyak_rl import soft_update
+from polyak_rl import TargetNetwork, hard_update, soft_update
 from polyak_rl.pairing import Watch, find_overlap, match, unwrap, walk
 
 
@@ -395,13 +396,39 @@ def test_an_expanded_online_tensor_is_only_read_and_welcome() -> None:
 
 def test_swapped_arguments_are_noticed() -> None:
     target, online = mlp().requires_grad_(False), mlp(1)
-    with refused(
-        "target '0.weight' requires grad and no tensor of online does: .* swapped", online
-    ):
+    online(torch.ones(1, 3)).sum().backward()
+    with refused("target '0.weight' has a gradient, and online is frozen .* swapped", online):
         soft_update(online, target)
     with refused("swapped", online):
         soft_update(online.parameters(), target.parameters())
+    hard_update(online, target)  # a copy back is no average in the wrong direction
+    with refused("swapped", online):
+        soft_update(online, target)
     soft_update(target, online)  # the right way round
+
+
+def test_a_critic_frozen_for_the_actors_step_moves_a_target_that_never_was() -> None:
+    online = mlp()
+    target = copy.deepcopy(online)
+    online(torch.ones(1, 3)).sum().backward()
+    online.requires_grad_(False)
+    exact = [
+        t.detach().lerp(o, 0.5) for t, o in zip(tensors_of(target), tensors_of(mlp(1)), strict=True)
+    ]
+    online.load_state_dict(mlp(1).state_dict())
+    soft_update(target, online, 0.5)
+    assert all(map(torch.equal, tensors_of(target), exact))
+    soft_update(target.parameters(), online.parameters(), 0.5)
+
+
+def test_a_network_may_be_set_back_to_its_target() -> None:
+    online = mlp()
+    target = TargetNetwork(online, 0.5)
+    before = bits(target.module)
+    online(torch.ones(1, 3)).sum().backward()
+    torch.optim.SGD(online.parameters(), 0.1).step()
+    hard_update(online, target.module)
+    assert bits(online) == before
 
 
 def test_two_networks_that_both_train_or_both_do_not_are_welcome() -> None:
