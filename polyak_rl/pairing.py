@@ -200,6 +200,11 @@ class Watch:
                 return False
         return [*map(_data_ptr, self._tensors)] == self._places
 
+    def look_again(self) -> bool:
+        """Take the memory in which the tensors are now for theirs; False if they are others."""
+        self._places = self._find()
+        return self.intact()
+
     def _sharded_intact(self) -> bool:
         for module in filter(None, [reference() for reference in self._fsdp]):
             module.reshard()  # type: ignore[operator]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from operator import setitem
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers, keeps
-from polyak_rl.flat import flatten_like_
+from polyak_rl.flat import flatten_like_, lasting
 from polyak_rl.guard import Guard, all_finite, check_guard
 from polyak_rl.pairing import (
     Beside,
@@ -265,7 +264,7 @@ class TargetNetwork(nn.Module):
         self._online = (online,)  # a tuple, so that it is not a submodule
         self._clock = self.skipped = 0
         self._guarded = check_guard(guard, online.parameters())
-        with _lasting():
+        with lasting():
             self._build(online, target, tau)
 
     def _build(self, online: nn.Module, target: nn.Module | None, tau: Tau) -> None:
@@ -487,7 +486,7 @@ class TargetNetwork(nn.Module):
             pairs = _traced_pairs(self.module, self.online, lambda name, _: name in left_out)
             return Plan(pairs, plan.tau, plan.terms, plan.masters)
         if isinstance(plan, _Unplanned) or not plan.intact():
-            with _lasting():
+            with lasting():
                 self._follow()
                 plan = self._plan = self._plan_updates(plan.tau, plan.masters)
         return plan
@@ -532,7 +531,7 @@ def _planned(target: nn.Module, online: nn.Module, tau: Tau, buffers: Buffers) -
             if type(tau) is not float or type(plan.tau) is not float or tau != plan.tau:
                 plan.set_tau(check_tau(tau))
             return plan
-    with _lasting():
+    with lasting():
         pairs = detached(_pairs(target, online, tau, buffers))
         plan = Plan(pairs, tau, terms_of(pairs, tau, buffers), modules=(target, online))
     _plans[target] = (ref(online), options, plan)
@@ -548,13 +547,6 @@ def _pairs(target: Network, online: Network, tau: Tau, buffers: Buffers) -> list
 
 def _is_copy(tau: Tau) -> bool:
     return not isinstance(tau, Tensor | Mapping) and tau == 1
-
-
-@contextmanager
-def _lasting() -> Iterator[None]:
-    """What is made inside outlives the inference mode that the caller may be in."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _frozen(option: object) -> object:

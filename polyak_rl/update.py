@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from numbers import Real
 from operator import call
 from typing import Any, NamedTuple, TypeAlias
@@ -168,9 +168,27 @@ class _Group:
         if len(self._averages) == 1:
             calls.append(partial(self._averages[0].lerp_, self._sources[0], tau))
         else:
-            weight = [tau] * len(self._averages) if isinstance(tau, Tensor) else tau
+            weight = tau
+            if isinstance(tau, Tensor) and first.target.is_cpu:
+                weight = [tau] * len(self._averages)
+            elif isinstance(tau, Tensor):
+                # Of weights of one element torch makes a launch a tensor; these take two for all.
+                memory, weight = self._weights
+                calls.append(partial(memory.copy_, tau))
             calls.append(partial(torch._foreach_lerp_, self._averages, self._sources, weight))
         return calls + self._round()
+
+    @cached_property
+    def _weights(self) -> tuple[Tensor, list[Tensor]]:
+        """Memory for one weight an element, and its parts beside the averages."""
+        sizes = [average.numel() for average in self._averages]
+        memory = self._averages[0].new_empty(sum(sizes))
+        both = zip(memory.split(sizes), self._averages, strict=True)
+        parts = [
+            part.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+            for part, like in both
+        ]
+        return memory, parts
 
     def copy(self) -> list[Call]:
         """The calls that make the targets equal to the online tensors."""
