@@ -195,7 +195,16 @@ class TargetNetwork(nn.Module):
        \\quad\\text{at every } N\\text{-th call of update()}
 
     The copy lies on the device of the online network, does not require grad and stays in eval mode
-    whatever mode its parent is put in. Calling the target calls the copy.
+    whatever mode its parent is put in. Calling the target calls the copy, and an attribute or item
+    that the target does not have is read from the copy: ``target.q``, ``target.get_action(x)``,
+    ``target["actor"]``. What is set is set on the target alone.
+
+    Noise layers are silent in eval mode: ``target.module.train()`` wakes them, until ``train()`` or
+    ``eval()`` is called on the target or around it. Their noise is a buffer and copied at each
+    firing; ``buffers={"*epsilon*": "keep"}`` leaves the target its own.
+
+    The state dict is that of the copy, under ``module.``, with ``clock``, ``skipped`` and the
+    float32 masters as tensors.
 
     Args:
         online: the network to follow. It is only read.
@@ -327,7 +336,8 @@ class TargetNetwork(nn.Module):
         tau, plan = check_tau(tau), self._plan
         by_pattern = isinstance(tau, Mapping) or isinstance(plan.tau, Mapping)
         if by_pattern or isinstance(plan, _Unplanned):
-            self._plan = self._plan_updates(tau, plan.masters)
+            with lasting():
+                self._plan = self._plan_updates(tau, plan.masters)
         else:
             plan.set_tau(tau)
 
@@ -444,16 +454,17 @@ class TargetNetwork(nn.Module):
         masters = {k[len("masters.") :]: x for k, x in mine.items() if k.startswith("masters.")}
         _check_masters(masters, self._current_plan().masters)
         for entry in walk(self.module, "module."):
-            saved = mine.get(entry.name)
-            if isinstance(saved, Tensor) and saved.shape != entry.tensor.shape:
+            saved = mine.get(entry.name, entry.tensor)
+            if not isinstance(saved, Tensor):
+                raise ValueError(f"{entry.name!r} must be a tensor, got {type(saved).__name__}")
+            if saved.shape != entry.tensor.shape:
                 raise ValueError(
                     f"{entry.name!r} must have the shape {tuple(entry.tensor.shape)}, got "
                     f"{tuple(saved.shape)}"
                 )
         counts = {name: _check_count(name, mine.get(name, 0)) for name in ("clock", "skipped")}
         found[0].extend(prefix + name for name in counts if name not in mine)
-        beside = {name for name in mine if not name.startswith("module.")}
-        left = {k: x for k, x in state_dict.items() if k[len(prefix) :] not in beside}
+        left = {k: x for k, x in state_dict.items() if k.startswith(prefix + "module.")}
         super()._load_from_state_dict(left, prefix, metadata, strict, *found)
         self._plan = _Unplanned(self.tau, self._plan.terms, masters)
         self._traced_clock.zero_()

@@ -183,7 +183,7 @@ class _Group:
         """Memory for one weight an element, and its parts beside the averages."""
         sizes = [average.numel() for average in self._averages]
         memory = self._averages[0].new_empty(sum(sizes))
-        both = zip(memory.split(sizes), self._averages, strict=True)
+        both = zip(torch.split(memory, sizes), self._averages, strict=True)
         parts = [
             part.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
             for part, like in both

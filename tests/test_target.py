@@ -525,6 +525,85 @@ def test_the_copy_is_frozen_in_eval_mode_and_called_through() -> None:
     assert target.module[2].num_batches_tracked.item() == 0
 
 
+class Policy(nn.Module):
+    """What the agents of others read of a network beside calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(2, 2)
+        self.register_buffer("action_scale", torch.tensor(2.0))
+        self.bound = 3.0
+        self.register_buffer("epsilon", torch.zeros(2))
+
+    def get_action(self, x: Tensor) -> Tensor:
+        return self.q(x) * self.action_scale
+
+    def reset_noise(self) -> None:
+        self.epsilon.add_(1.0)
+
+    def __deepcopy__(self, memo: Any) -> Policy:
+        twin = Policy()
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+def test_what_the_target_does_not_have_is_read_from_the_copy_and_not_set_there() -> None:
+    online = Policy()
+    target = TargetNetwork(online, 0.5)
+    x = torch.ones(1, 2)
+    assert target.q is target.module.q
+    assert target.q is not online.q
+    assert target.action_scale is target.module.action_scale
+    assert target.bound == 3.0
+    assert torch.equal(target.get_action(x), online.get_action(x))
+    assert not target.get_action(x).requires_grad
+    target.bound = 4.0
+    assert (target.bound, target.module.bound) == (4.0, 3.0)
+    with pytest.raises(AttributeError, match="'Policy' object has no attribute 'nothing'"):
+        _ = target.nothing
+    assert not hasattr(TargetNetwork.__new__(TargetNetwork), "q")
+    for twin in (copy.deepcopy(target), pickle.loads(pickle.dumps(target))):
+        assert isinstance(twin, TargetNetwork)  # and not what the copy makes of itself
+        assert twin.q is twin.module.q
+        twin.update()
+
+
+def test_an_item_that_is_asked_of_the_target_is_the_copys() -> None:
+    networks = nn.ModuleDict({"actor": mlp(), "critic": mlp(1)})
+    target = TargetNetwork(networks)
+    assert target["actor"] is target.module["actor"]
+    assert "actor" in target
+    assert [*target] == ["actor", "critic"]
+    layers = TargetNetwork(mlp())
+    assert layers[0] is layers.module[0]
+    assert len([*layers]) == 3
+    assert bool(target)
+    with pytest.raises(TypeError):
+        _ = TargetNetwork(nn.Linear(2, 2))[0]
+
+
+def test_a_noisy_target_has_the_noise_of_online_or_keeps_its_own() -> None:
+    online = Policy()
+    online.reset_noise()
+    same, own = TargetNetwork(online), TargetNetwork(online, buffers={"epsilon": "keep"})
+    own.reset_noise()
+    online.reset_noise()
+    online.reset_noise()
+    same.update()
+    own.update()
+    assert same.epsilon.tolist() == [3.0, 3.0]
+    assert own.epsilon.tolist() == [2.0, 2.0]
+    own.train()
+    assert not own.module.training
+    own.module.train()
+    assert own.q.training
+
+
+def test_a_lazy_network_asks_for_a_batch_first() -> None:
+    with pytest.raises(ValueError, match="'weight' is not initialised yet: run one batch"):
+        TargetNetwork(nn.LazyLinear(2))
+
+
 def test_a_parameter_without_elements_is_frozen_too() -> None:
     online = nn.Linear(2, 3)
     online.weight = nn.Parameter(torch.zeros(3, 0))
