@@ -400,8 +400,10 @@ class PolyakSGD(Optimizer):
         value = torch.as_tensor(loss, dtype=squared_norm.dtype, device=squared_norm.device)
         gap = value.detach().reshape(())
         f_min = self.f_min() if callable(self.f_min) else self.f_min
-        if isinstance(f_min, Tensor) or f_min != 0:
-            gap = (gap - f_min).reshape(())
+        if isinstance(f_min, Tensor):
+            gap = gap - f_min.reshape(())
+        elif f_min != 0:
+            gap = gap - f_min
         guarded = any(group["skip_nonfinite"] for group in self.param_groups)
         finite = gap.isfinite() & squared_norm.isfinite() if guarded else None
         writes: list[Callable[[], object]] = []

@@ -270,6 +270,7 @@ def test_a_lazy_layer_asks_for_a_batch_first() -> None:
         soft_update(nn.LazyLinear(2), nn.Linear(3, 2))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_torchscript_is_refused_with_the_line_that_works() -> None:
     target, online = torch.jit.script(mlp()), torch.jit.script(mlp(1))
     with pytest.raises(ValueError, match=r"is TorchScript, .* give dict\(network.named_parameters"):
