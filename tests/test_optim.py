@@ -871,7 +871,7 @@ class Launches(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("options", "most"), [({}, 14), ({"momentum": 0.9}, 16)])
+@pytest.mark.parametrize(("options", "most"), [({}, 15), ({"momentum": 0.9}, 17)])
 def test_a_polyak_step_is_a_few_launches_whatever_the_number_of_tensors(options, most):
     parameters = [nn.Parameter(torch.randn(3, i)) for i in range(1, 9)]
     optimizer = PolyakSGD(parameters, **options)
