@@ -279,7 +279,7 @@ def test_every_episode_has_a_seed_of_its_own_by_which_it_can_be_played_again():
 
 def test_the_buffer_holds_actions_in_minus_one_to_one_and_the_environment_gets_its_own_range():
     config = TrainConfig("test/Continuous-v0", 200, eval_every=0)
-    training = Training("ddpg", replace(DDPG_SMALL, gradient_steps=0), config)
+    training = Training("ddpg", replace(DDPG_SMALL, learning_starts=200, gradient_steps=0), config)
     training.run()
     stored = training.replay.rows[0, :, 2].numpy()
     taken = np.concatenate(training.envs.envs[0].unwrapped.taken)
