@@ -22,9 +22,8 @@ not intent: whoever can write to the folder can write a checkpoint.
 import dataclasses
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,13 +31,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from agents.environments import EpisodeSeeds
 from agents.evaluation import Evaluation
-from agents.training import EpisodeSeeds, Training
+from agents.optimizers import Descent
+from agents.training import Training
 from polyak_rl import PolicyAverages
+from polyak_rl.files import write_whole
 
-SCHEMA = 4
+SCHEMA = 5
 
 State = dict[str, Any]
 
@@ -78,7 +79,12 @@ class Checkpoint:
         return dict(self.state.get("extra", {}))
 
     def transitions(self, piece: tuple[int, int]) -> bytes:
-        """What is in a replay file."""
+        """What is in a replay file.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It has changed since the checkpoint was read.
+        """
         data = (self.folder / _piece_name(piece)).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.sha256[_piece_name(piece)]:
             raise ValueError(f"{self.folder / _piece_name(piece)} has changed while it was read")
@@ -98,6 +104,9 @@ class Checkpoints:
 
     Attributes:
         step: Environment steps of the last checkpoint that was written, None before the first.
+
+    Raises:
+        ValueError: The training is on environments that it did not make itself.
     """
 
     def __init__(
@@ -137,7 +146,8 @@ class Checkpoints:
             pieces = self._write_new_transitions(sums)
         name = f"{number:06d}.pt"
         state = training_state(self.training, self.averages) | {"extra": dict(extra or {})}
-        write_whole(self.folder / name, lambda file: _save_tensors(state, file))
+        with write_whole(self.folder / name) as file:
+            _save_tensors(state, file)
         sums[name] = _digest(self.folder / name)
         record = {
             "schema": SCHEMA,
@@ -150,7 +160,8 @@ class Checkpoints:
         }
         body = json.dumps(record, indent=1).encode()
         line = hashlib.sha256(body).hexdigest().encode() + b"\n"
-        write_whole(self.folder / f"{number:06d}.json", lambda file: file.write(line + body))
+        with write_whole(self.folder / f"{number:06d}.json") as file:
+            file.write(line + body)
 
         kept = {f"{n:06d}.json" for n in (number, self.number)} | {*sums, *self.sha256}
         self.number, self.pieces, self.sha256 = number, pieces, sums
@@ -170,7 +181,8 @@ class Checkpoints:
         if new:
             piece = (replay.added - new, replay.added)
             data = replay.dump(new)
-            write_whole(self.folder / _piece_name(piece), lambda file: file.write(data))
+            with write_whole(self.folder / _piece_name(piece)) as file:
+                file.write(data)
             sums[_piece_name(piece)] = hashlib.sha256(data).hexdigest()
             pieces.append(piece)
         return pieces
@@ -309,25 +321,6 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
     }
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place, flush it to the disk and rename it: all of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too
-    finally:
-        os.close(folder)
-
-
 class _DamagedError(ValueError):
     """A checkpoint is not what was written."""
 
@@ -390,11 +383,11 @@ def _save_tensors(state: State, file: BinaryIO) -> None:
 
 
 def _parts(agent: Any) -> dict[str, Any]:
-    """What changes in an agent, by attribute: modules, optimizers and lists of generators."""
+    """What changes in an agent, by attribute: modules, descents and lists of generators."""
     parts: dict[int, tuple[str, Any]] = {}
     for name, value in vars(agent).items():
         streams = isinstance(value, list) and all(isinstance(g, torch.Generator) for g in value)
-        if streams or isinstance(value, nn.Module | Optimizer):
+        if streams or isinstance(value, nn.Module | Descent):
             parts.setdefault(id(value), (name, value))  # `policy` is another name
     return dict(parts.values())
 
@@ -423,8 +416,6 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
 
 def _require_fit(name: str, ours: Any, theirs: Any) -> None:
     """Raise ValueError where a saved value has not the form of the one it is to replace."""
-    if name.endswith("optimizer.state"):  # a new SGD has none yet
-        return
     if isinstance(ours, Tensor):
         fits = _form(ours) == _form(theirs)
     elif isinstance(ours, Mapping):

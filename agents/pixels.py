@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from agents.networks import MLP, Pullback, QNetwork
+from agents.networks import MLP, QNetwork
 from agents.replay import Batch, Replay
 
 Shape = tuple[int, int, int]
@@ -108,17 +108,6 @@ class PixelQNetwork(QNetwork):
         head = MLP((features, *hidden, action_dim), generators)
         self.net = nn.Sequential(*layers, nn.Flatten(2), head)
 
-    def vjp(self, obs: Tensor) -> tuple[Tensor, Pullback]:
-        """Values of all actions, and how their slopes reach the weights: by autograd."""
-        with torch.enable_grad():
-            values = self(obs)
-
-        def pullback(slopes: Tensor) -> None:
-            self.zero_grad()
-            values.backward(slopes)
-
-        return values.detach(), pullback
-
 
 class FrameReplay(Replay):
     """A `Replay` of stacks of frames that keeps each frame once.
@@ -142,6 +131,9 @@ class FrameReplay(Replay):
 
     Attributes:
         frames: What lies in each place, uint8 [S, places, H, W].
+
+    Raises:
+        ValueError: The capacity is below 1, or needs more places than float32 can count, 2^24.
     """
 
     def __init__(
@@ -183,6 +175,9 @@ class FrameReplay(Replay):
             reward: [S, n].
             terminated: [S, n]; not truncated.
             next_obs: [S, n, K, H, W]; the real last observation where the episode ended.
+
+        Raises:
+            ValueError: n is above the capacity, or there are more places than float32 can count.
         """
         if obs.shape[1] > self.capacity:  # before a frame is stored
             raise ValueError(

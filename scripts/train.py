@@ -35,9 +35,10 @@ from agents.averaging import default_rules, evaluate_averages, record_policy
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.guard import EnvironmentFault, NonFiniteError
-from agents.memory import keep_freed_memory
+from agents.environments import EnvironmentFault
+from agents.malloc import keep_freed_memory
 from agents.networks import select_member, stack_members
+from agents.nonfinite import NonFiniteError
 from agents.presets import ALGORITHMS, preset
 from agents.sac import SACConfig
 from agents.td3 import TD3Config

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from agents.averaging import record_policy
-from agents.checkpoint import Checkpoints, newest, restore, training_state, write_whole
+from agents.checkpoint import Checkpoints, newest, restore, training_state
 from agents.dqn import DQNConfig
 from agents.training import TrainConfig, Training
 from polyak_rl import Uniform
 
 AGENT = DQNConfig(hidden=(8,), batch_size=8, learning_starts=10, buffer_size=64)
-CONFIG = TrainConfig("CartPole-v1", 400, eval_every=10**6)
+CONFIG = TrainConfig("CartPole-v1", 400, eval_every=0)
 
 
 def new(agent=AGENT, config=CONFIG, seeds=(1,)):
@@ -210,7 +210,7 @@ def test_damage_is_found_before_anything_is_parsed(folder, monkeypatch):
 
 def test_an_unknown_schema_is_refused_and_no_older_checkpoint_taken_instead(folder):
     sign(folder, schema=9)
-    with pytest.raises(ValueError, match="has schema 9; this program reads schema 3"):
+    with pytest.raises(ValueError, match="has schema 9; this program reads schema 5"):
         newest(folder)
 
 
@@ -238,7 +238,7 @@ def test_a_pickle_that_runs_code_is_never_run(folder, tmp_path, writer):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"null", b"\xff", b"{", b'{"schema": 3}', b"[" * 9999]
+    "body", [b"", b"[]", b"null", b"\xff", b"{", b'{"schema": 5}', b"[" * 9999]
 )
 def test_a_manifest_that_was_made_up_gives_way_to_the_checkpoint_before(folder, body):
     line = hashlib.sha256(body).hexdigest().encode()
@@ -361,16 +361,6 @@ def test_a_damaged_checkpoint_is_written_over_by_the_run_that_goes_on_from_the_o
     assert len(damaged) == 1
     assert newest(folder)[1] == []
     assert newest(folder)[0].step == 40
-
-
-def test_a_folder_that_cannot_be_written_says_so(tmp_path, monkeypatch):
-    def refuse(self, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(PermissionError, match="Permission denied"):
-        write_whole(tmp_path / "file", lambda file: file.write(b"x"))
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.full

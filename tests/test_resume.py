@@ -112,8 +112,6 @@ def test_a_resumed_training_is_the_same_to_the_bit(case, n_envs, seeds, tmp_path
     [
         ((DQN[0], replace(DQN[1], buffer_size=64), DQN[2]), {}),
         ((DQN[0], replace(DQN[1], double=True), DQN[2]), {"lr_decay": "linear"}),
-        ((DQN[0], replace(DQN[1], optimizer="polyak_sgd", learning_rate=0.01), DQN[2]), {}),
-        ((DDPG[0], replace(DDPG[1], optimizer="asgd"), DDPG[2]), {}),
         ((DDPG[0], DDPG[1], "Reacher-v5"), {}),
         ((SAC[0], SAC[1], "InvertedDoublePendulum-v5"), {}),
         ((SAC[0], replace(SAC[1], target="hard", target_update_every=7), SAC[2]), {}),
@@ -123,8 +121,6 @@ def test_a_resumed_training_is_the_same_to_the_bit(case, n_envs, seeds, tmp_path
     ids=[
         "ring that wraps",
         "learning rate",
-        "polyak_sgd",
-        "asgd",
         "mujoco",
         "mujoco too",
         "hard target",

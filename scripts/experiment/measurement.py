@@ -206,7 +206,7 @@ class Measurement:
         config = TrainConfig(
             job.env_id,
             total,
-            eval_every=total + 1,
+            eval_every=0,  # `at` evaluates
             lr_decay=job.lr_decay,
             lr_decay_until=job.lr_decay_until,
             lr_floor=job.lr_floor,
