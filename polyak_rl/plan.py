@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from polyak_rl.flat import coalesce
 from polyak_rl.pairing import Pair, Watch, is_sharded, require_matches, shard_of
+from polyak_rl.swap import require_online, swaps
 
 Tau: TypeAlias = float | Tensor | Mapping[str, float]
 """One number in [0, 1], a 0-dim tensor on the networks' device, or a number per name pattern."""
@@ -73,15 +74,22 @@ class Plan:
 
     def apply(self) -> None:
         """Move every tensor by one update."""
+        self._require_online()
         for call in self._calls:
             call()
 
     def copy(self) -> None:
         """Make every tensor equal to its online one, bit for bit."""
+        self._require_online()
         for call in [call for group in self._groups for call in group.copy()]:
             call()
         if self._copied[0]:
             torch._foreach_copy_(*self._copied)
+
+    def _require_online(self) -> None:
+        if swaps:  # almost never: this must cost nothing
+            both = [tensor for pair in self.pairs for tensor in (pair.target, pair.online)]
+            require_online("updating a target network", both)
 
     @property
     def masters(self) -> dict[str, Tensor]:

@@ -230,8 +230,12 @@ def test_swaps_nest_and_unwind_in_order():
     before = copy.deepcopy(policy.state_dict())
     with bank.applied("uniform"):
         outer = copy.deepcopy([*policy.parameters()])
-        with bank.applied("ema"), other.applied("hard"):
-            same(policy.state_dict(), before)  # a checkpoint holds the online weights
+        with (
+            bank.applied("ema"),
+            other.applied("hard"),
+            pytest.raises(RuntimeError, match=r"state_dict\(\) inside applied\(\)"),
+        ):
+            policy.state_dict()
         assert all(torch.equal(a, b) for a, b in zip(outer, policy.parameters(), strict=True))
     same(policy.state_dict(), before, rtol=0, atol=0)
 
@@ -270,14 +274,30 @@ def test_updating_a_bank_inside_is_refused():
     assert (bank.clock, other.clock) == (20, 0)
 
 
-def test_a_checkpoint_inside_holds_the_online_weights():
+def test_states_of_whatever_holds_a_swapped_tensor_are_refused_inside():
     policy, bank = trained()
-    agent = nn.ModuleDict({"policy": policy, "critic": nn.Linear(2, 1)})
+    tied = nn.Linear(3, 4)
+    tied.weight = policy[0].weight
+    critic = nn.Sequential(policy[0], nn.Linear(4, 1))  # which shares the encoder
+    agent = nn.ModuleDict({"policy": policy, "critic": critic})
+    elsewhere = nn.Linear(2, 1)
     before = copy.deepcopy(agent.state_dict())
     with bank.applied("uniform"):
-        same(agent.state_dict(), before, rtol=0, atol=0)
-        same(policy.state_dict(), {n: before[f"policy.{n}"] for n in policy.state_dict()})
-        assert not torch.equal(policy[0].weight, before["policy.0.weight"])
+        for module in (
+            policy,
+            policy[0],
+            agent,
+            critic,
+            tied,
+            torch.compile(policy, backend="eager"),
+        ):
+            refused = pytest.raises(RuntimeError, match=r"average\(name\) and module\(name\)")
+            with refused:
+                module.state_dict()
+            with refused:
+                module.load_state_dict({})
+        elsewhere.load_state_dict(elsewhere.state_dict())
+    same(agent.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_compiled_network_is_swapped_too():

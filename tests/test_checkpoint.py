@@ -210,7 +210,7 @@ def test_damage_is_found_before_anything_is_parsed(folder, monkeypatch):
 
 def test_an_unknown_schema_is_refused_and_no_older_checkpoint_taken_instead(folder):
     sign(folder, schema=9)
-    with pytest.raises(ValueError, match="has schema 9; this program reads schema 3"):
+    with pytest.raises(ValueError, match="has schema 9; this program reads schema 4"):
         newest(folder)
 
 

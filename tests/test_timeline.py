@@ -218,7 +218,7 @@ def test_it_states_its_bytes_and_refuses_too_many():
 def test_recording_allocates_no_tensor():
     policy = network()
     flatten_(policy)
-    timeline = Timeline(policy)
+    timeline = Timeline(policy, expected=4, capacity=2)  # two segments of two
     timeline.record()
     made = []
 
@@ -227,10 +227,13 @@ def test_recording_allocates_no_tensor():
             made.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    timeline._length = 100
     with Count():
         timeline.record()
-    assert made == ["aten.copy_.default", "aten.add_.Tensor"]
+    assert made == ["aten.copy_.default", "aten.add.out"]
+    made.clear()
+    with Count():
+        timeline.record()  # closes the first segment and begins the second
+    assert made == ["aten.select.int", "aten.div.out", "aten.copy_.default"]
 
 
 @pytest.mark.parametrize(
