@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak_rl.guard import Guard, all_finite, check_guard, refuse_capture
+from polyak_rl.pairing import unwrap
 from polyak_rl.plan import Buffers
 from polyak_rl.rules import Rule, Stretch, Window, describe_rule, require_int
 from polyak_rl.vector import (
@@ -417,7 +419,9 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
 
     Args:
         module: the averaged network.
-        batches: inputs of the network; a tuple or list is taken apart into arguments.
+        batches: inputs of the network. A tuple or list is taken apart into as many arguments as
+            ``forward`` needs; those of it that are left over, such as the labels of a loader, are
+            not looked at.
 
     Raises:
         ValueError: no batches.
@@ -433,6 +437,7 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
         >>> norm.running_mean
         tensor([2.])
     """
+    inputs = _inputs_of(unwrap(module))
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     modes = [(m, m.training) for m in module.modules()]
     momenta = [norm.momentum for norm in norms]
@@ -444,7 +449,7 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = None  # the plain mean over batches
             norm.reset_running_stats()
         for seen, batch in enumerate(batches, 1):  # noqa: B007
-            module(*batch) if isinstance(batch, tuple | list) else module(batch)
+            module(*batch[:inputs]) if isinstance(batch, tuple | list) else module(batch)
     finally:
         for inner, mode in modes:
             inner.training = mode
@@ -452,3 +457,12 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = momentum
     if not seen:
         raise ValueError("refresh_batch_norm needs at least one batch")
+
+
+def _inputs_of(module: nn.Module) -> int | None:
+    """How many arguments ``forward`` needs; None where it takes any number of them."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)

@@ -8,12 +8,12 @@ from polyak_rl import (
     AverageBank,
     Between,
     Ema,
-    Hard,
     Polynomial,
     Power,
     Tail,
     Timeline,
     Uniform,
+    Warmup,
     Window,
     flatten_,
 )
@@ -30,7 +30,7 @@ EVERY_RULE = [
     Polynomial(gamma=3),
     Power(sigma_rel=0.1),
     Window(size=3, every=11),
-    Hard(every=10),
+    Warmup(tau=0.05, inv_gamma=9, power=1),
 ]
 
 
