@@ -256,6 +256,7 @@ class Timeline(Averages[Rule]):
             "skipped": self.skipped,
             "length": closed.length,
             "ends": [*closed.ends],
+            "start": closed.start,  # so that what is loaded sums in the same order, to the bit
             "means": self._means[self._rows()].to(dtype, copy=True),
             "sum": total.clone() if self.updates > closed.last else torch.zeros_like(total),
         }
@@ -283,11 +284,11 @@ class Timeline(Averages[Rule]):
                         f"{getattr(self, what)}"
                     )
             clock, length = check_clock(state, "clock"), check_clock(state, "length", 1)
-            skipped = check_clock({"skipped": 0, **state}, "skipped")
+            skipped, start = (check_clock({key: 0, **state}, key) for key in ("skipped", "start"))
             ends, first = list(state["ends"]), 1
             for i in range(len(ends)):
                 first = check_clock({"end of a segment": ends[i]}, "end of a segment", first) + 1
-            if len(ends) > self.capacity or first - 1 > clock // self.every:
+            if max(len(ends), start) > self.capacity or first - 1 > clock // self.every:
                 raise ValueError(
                     "the saved timeline is damaged: its segments do not fit its clock or capacity"
                 )
@@ -298,9 +299,10 @@ class Timeline(Averages[Rule]):
 
         def load() -> None:
             self._allocate()
-            self._means[: len(ends)] = means
+            self._closed = self._close_at(ends, length, start)
+            for row, mean in zip(self._rows(), means, strict=True):
+                self._means[row] = mean
             self._sums[clock // self.every % 2][0].copy_(total)
-            self._closed = self._close_at(ends, length)
             self.clock, self.skipped = clock, skipped
 
         return torch.inference_mode(False)(torch.no_grad()(load))
