@@ -22,7 +22,7 @@ def require_online(what: str, tensors: Iterable[Tensor]) -> None:
         what: what would be done with the tensors, as the error says it.
         tensors: what would be read or written.
     """
-    if swaps and any(swap.holds(tensor) for tensor in tensors for swap in swaps):
+    if swaps and _overlap(tensors, [tensor for swap in swaps for tensor in swap.tensors.values()]):
         raise RuntimeError(
             f"{what} inside applied(): the network holds an average there, and its own weights "
             "come back at the end of the block. The average is had without it by average(name) and "
@@ -40,18 +40,10 @@ class Swap:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._thread = threading.get_ident()
-        self._tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
         self._own: list[Tensor] | None = None  # what comes back
-        self._places: list[tuple[Tensor, int]] | None = None  # where to, and which of them
-        self._replaced: list[str] = []
-
-    def holds(self, tensor: Tensor) -> bool:
-        """True where a tensor shares memory with what was swapped."""
-        start, end, device = _extent(tensor)
-        return any(
-            start < other_end and other_start < end and device == other_device
-            for other_start, other_end, other_device in map(_extent, self._tensors.values())
-        )
+        # Where to, and which of them; and the names of what was replaced meanwhile.
+        self._found: tuple[list[tuple[Tensor, int]], list[str]] | None = None
 
     @torch.no_grad()
     def enter(self, tensors: dict[str, Tensor], values: Sequence[Tensor]) -> None:
@@ -60,10 +52,11 @@ class Swap:
         Raises:
             RuntimeError: another thread has swapped them.
         """
-        self._tensors = tensors
+        self.tensors = tensors
         swaps.append(self)
         earlier = swaps[: swaps.index(self)]
-        if any(s._thread != self._thread and any(map(s.holds, tensors.values())) for s in earlier):
+        others = [swap.tensors for swap in earlier if swap._thread != self._thread]
+        if any(_overlap(tensors.values(), other.values()) for other in others):
             raise RuntimeError(
                 "applied() in two threads at once: another thread holds an average in this "
                 "network; evaluate a copy, module(name), there"
@@ -85,11 +78,12 @@ class Swap:
         if self not in swaps:
             return
         later = swaps[swaps.index(self) + 1 :]
-        overtaken = False
+        overtaken, replaced = False, list[str]()
         if self._own is not None:
-            if self._places is None:
-                self._places = self._find_places()
-            for tensor, i in self._places:
+            if self._found is None:
+                self._found = self._find_places()
+            places, replaced = self._found
+            for tensor, i in places:
                 heir = next((swap for swap in later if swap._inherit(tensor, self._own[i])), None)
                 overtaken |= heir is not None
                 if heir is None:
@@ -104,26 +98,26 @@ class Swap:
                 "holds the average of a block that was entered later, and gets its own weights "
                 "back when that one is left"
             )
-        if self._replaced:
+        if replaced:
             raise RuntimeError(
-                f"{', '.join(map(repr, self._replaced[:4]))} was replaced inside applied(): what "
+                f"{', '.join(map(repr, replaced[:4]))} was replaced inside applied(): what "
                 "is there now was left as it is, and what was there has its own weights back"
             )
 
     def _inherit(self, tensor: Tensor, own: Tensor) -> bool:
         """Bring back these weights, and not those of the block around that has ended."""
-        for i, ours in enumerate(self._tensors.values()):
+        for i, ours in enumerate(self.tensors.values()):
             if ours is tensor and self._own is not None:
                 self._own[i] = own
                 return True
         return False
 
-    def _find_places(self) -> list[tuple[Tensor, int]]:
+    def _find_places(self) -> tuple[list[tuple[Tensor, int]], list[str]]:
         """The swapped tensors, and those that they became by a move or a cast meanwhile."""
         now = {entry.name: entry.tensor for entry in walk(self.module)}
         assert self._own is not None
-        places = []
-        for i, (name, tensor) in enumerate(self._tensors.items()):
+        places, replaced = [], []
+        for i, (name, tensor) in enumerate(self.tensors.items()):
             current, shard = now.get(name), shard_of(tensor)
             fits = shard.shape == self._own[i].shape
             if fits:
@@ -131,8 +125,8 @@ class Swap:
             if current is not tensor and current is not None and _same(shard_of(current), shard):
                 places.append((current, i))
             elif current is not tensor or not fits:
-                self._replaced.append(name)
-        return places
+                replaced.append(name)
+        return places, replaced
 
 
 swaps: list[Swap] = []
@@ -185,6 +179,16 @@ def _extent(tensor: Tensor) -> tuple[int, int, torch.device | None]:
     except (RuntimeError, ValueError):  # sparse, lazy, fake
         return 0, 0, None
     return start, start + (span * shard.element_size() if shard.numel() else 0), shard.device
+
+
+def _overlap(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """True where two tensors share memory."""
+    held = [*map(_extent, others)]
+    return any(
+        start < other_end and other_start < end and device == other_device
+        for start, end, device in map(_extent, some)
+        for other_start, other_end, other_device in held
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

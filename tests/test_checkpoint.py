@@ -238,7 +238,7 @@ def test_a_pickle_that_runs_code_is_never_run(folder, tmp_path, writer):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"null", b"\xff", b"{", b'{"schema": 3}', b"[" * 9999]
+    "body", [b"", b"[]", b"null", b"\xff", b"{", b'{"schema": 4}', b"[" * 9999]
 )
 def test_a_manifest_that_was_made_up_gives_way_to_the_checkpoint_before(folder, body):
     line = hashlib.sha256(body).hexdigest().encode()
