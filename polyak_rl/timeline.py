@@ -171,8 +171,6 @@ class Timeline(Averages[Rule]):
         if self._device is not vector.device:
             self._move()
         closed = self._settle()
-        if k > closed.border:
-            closed = self._close(k - 1)
         # The sum of the open segment goes from one row to the other.
         total, views = self._sums[k % 2]
         if k - 1 == closed.last:
@@ -398,14 +396,14 @@ class Timeline(Averages[Rule]):
         return self._closed
 
     def _settle(self) -> _Closed:
-        """The closed segments; joined where one came on top of all, as each look at them does.
-
-        So whoever looks finds them joined or not by the clock alone, whatever was interrupted.
+        """The segments as the clock has them: neighbours joined where one came on top of all,
+        and the open one closed at its border. Each look begins here, whatever was interrupted.
         """
         closed = self._closed
         if closed.joined or (len(closed.ends) == self.capacity and self.updates > closed.last):
-            self._merge()
-        return self._closed
+            self._merge()  # before anything is closed, since it moves the border
+            closed = self._closed
+        return self._close(self.updates) if self.updates >= closed.border else closed
 
     def _merge(self) -> None:
         """Join neighbours two by two; segments to come are twice as long.
