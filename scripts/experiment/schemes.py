@@ -105,7 +105,7 @@ KNOWN = SCHEMES | table(
         for gamma in (6.94, 16.97)
     ),
     Scheme("lawa", "LAWA, 5 snapshots of the last 5 %", "never"),
-    Scheme("best", "best of 20 checkpoints: a baseline that spends 400 episodes", "never"),
+    Scheme("best", "best of 20 checkpoints, a baseline that spends 480 episodes", "never"),
     *(
         Scheme(f"line{x:g}", f"on the line through last (0) and tail50 (1), at {x:g}", "never")
         for x in (-0.5, 0, 0.25, 0.5, 0.75, 1, 1.5)

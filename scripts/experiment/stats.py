@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 Floats = NDArray[np.float64]
 
@@ -160,8 +160,7 @@ def sign_flip_p(
         0.25
     """
     parts = [
-        w * _runs(x, 1) / np.size(x)
-        for w, x in zip(_weighed(strata, weights), strata, strict=True)
+        w * _runs(x, 1) / np.size(x) for w, x in zip(_weighed(strata, weights), strata, strict=True)
     ]
     if any(part.ndim != 1 for part in parts):
         raise ValueError(f"expected one number a run, got shapes {[p.shape for p in parts]}")
@@ -175,7 +174,7 @@ def sign_flip_p(
     hits = 0
     for drawn in np.array_split(np.arange(flips), -(-flips // 10_000)):  # for memory's sake
         bits = rng.integers(2, size=(drawn.size, d.size))
-        hits += np.count_nonzero(np.abs((2 * bits - 1) @ d) >= least)
+        hits += int(np.count_nonzero(np.abs((2 * bits - 1) @ d) >= least))
     return (1 + hits) / (1 + flips)
 
 

@@ -5,12 +5,14 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scripts.experiment.schemes import KNOWN, LATE
 from scripts.experiment.stats import Floats, cvar
@@ -66,7 +68,7 @@ class Stratum:
         seeds: Their training seeds, [N].
         steps: The environment steps of the evaluations, [P].
         scores: By scheme the mean return of the episodes, [N, P]; NaN where there are none.
-        final: By scheme the returns of the last point's episodes, [N, E].
+        final: By scheme the returns of the last point's episodes, [N, E]; NaN as above.
         scale: What is 0 and what is 1 of a normalised score; None: scores are raw.
     """
 
@@ -85,6 +87,16 @@ class Stratum:
         """Environment, algorithm and variant."""
         return self.env, self.algo, self.variant
 
+    def only(self, keep: NDArray[np.bool_]) -> "Stratum":
+        """The same with those of its runs, [N], that are to be kept."""
+        return replace(
+            self,
+            runs=[run for run, kept in zip(self.runs, keep, strict=True) if kept],
+            seeds=[seed for seed, kept in zip(self.seeds, keep, strict=True) if kept],
+            scores={name: x[keep] for name, x in self.scores.items()},
+            final={name: x[keep] for name, x in self.final.items()},
+        )
+
     @property
     def name(self) -> str:
         """As in "DQN CartPole-v1"."""
@@ -94,29 +106,38 @@ class Stratum:
     def normalise(self, score: Floats) -> Floats:
         """(score - random) / (reference - random), or the score where these are not known."""
         random, reference = self.scale or (0.0, 1.0)
-        return (score - random) / (reference - random)
+        return np.asarray((score - random) / (reference - random))
 
     def curve(self, scheme: str) -> Floats:
         """Normalised scores at all points, [N, P]."""
         missing = np.full((len(self.runs), len(self.steps)), np.nan)
         return self.normalise(self.scores.get(scheme, missing))
 
-    def shipped(self, scheme: str) -> Floats:
-        """The normalised score at the end of the run, [N]; NaN for a run that lacks it."""
-        return self.curve(scheme)[:, -1]
-
-    def late(self, scheme: str) -> Floats:
-        """The normalised mean over the points from `LATE` of the run on, [N]; NaN as above."""
-        return self.curve(scheme)[:, self.steps >= LATE * self.steps[-1]].mean(axis=1)
-
-    def worst(self, scheme: str) -> Floats:
-        """The normalised mean of the worst tenth of the last point's episodes, [N]."""
+    def episodes(self, scheme: str, *beside: str) -> Floats:
+        """Normalised returns of the last point's episodes that all these schemes played, [N, E]."""
         missing = np.full((len(self.runs), 1), np.nan)
-        worst = [
-            cvar(x[np.isfinite(x)]) if np.isfinite(x).any() else math.nan
-            for x in self.final.get(scheme, missing)
-        ]
-        return self.normalise(np.array(worst))
+        rows = [self.normalise(self.final.get(name, missing)) for name in (scheme, *beside)]
+        return np.where(np.isfinite(sum(rows)), rows[0], np.nan)
+
+    def shipped(self, scheme: str, *beside: str) -> Floats:
+        """The normalised score at the end of the run, [N]; NaN for a run that lacks it.
+
+        Args:
+            scheme: The policy's weights.
+            beside: Others that it will be compared with: episodes that one did not play are out.
+        """
+        return each(self.episodes(scheme, *beside), np.mean)
+
+    def late(self, scheme: str, *beside: str) -> Floats:
+        """The normalised mean over the points from `LATE` of the run on, [N]; NaN as above."""
+        points = self.curve(scheme)[:, self.steps >= LATE * self.steps[-1]]
+        return np.asarray(
+            (points[:, :-1].sum(axis=1) + self.shipped(scheme, *beside)) / points.shape[1]
+        )
+
+    def worst(self, scheme: str, *beside: str) -> Floats:
+        """The normalised mean of the worst tenth of the last point's episodes, [N]."""
+        return each(self.episodes(scheme, *beside), cvar)
 
     def wobble(self, scheme: str) -> Floats:
         """The standard deviation of each run's curve over (50 %, 75 %] of the run, [N].
@@ -127,7 +148,13 @@ class Stratum:
         before = self.curve(scheme)[:, (share > 0.5) & (share <= 0.75)]
         if before.shape[1] < 2:
             return np.full(len(self.runs), np.nan)
-        return before.std(axis=1, ddof=1)
+        return np.asarray(before.std(axis=1, ddof=1))
+
+
+def each(rows: Floats, statistic: Callable[[Floats], Floats]) -> Floats:
+    """The statistic of what is not NaN in each row, [N, E] -> [N]; NaN where nothing is."""
+    parts = (row[np.isfinite(row)] for row in rows)
+    return np.array([statistic(part) if part.size else np.nan for part in parts])
 
 
 def result_files(paths: Iterable[Path]) -> list[Path]:
@@ -192,7 +219,7 @@ def stratum(key: Key, table: dict[tuple[str, str], Episodes], scale: Scale | Non
     """Lay out one stratum's episodes as arrays; runs must share their evaluation steps."""
     runs = sorted(table, key=lambda run: (natural(run[1]), run[0]))
     evaluated = {run: {step for _, step in table[run]} for run in runs}
-    grid = sorted(max(evaluated.values(), key=len))
+    _, grid = max((len(steps), sorted(steps)) for steps in evaluated.values())
     for run in runs:
         if alien := evaluated[run] - set(grid):
             raise ValueError(
@@ -200,21 +227,18 @@ def stratum(key: Key, table: dict[tuple[str, str], Episodes], scale: Scale | Non
                 f" got {sorted(alien)[:3]} in run {run[0]} alone"
             )
     column = {step: j for j, step in enumerate(grid)}
-    scores: dict[str, Floats] = {}
-    ends: dict[str, list[list[float]]] = {}
-    for scheme in sorted({scheme for episodes in table.values() for scheme, _ in episodes}, key=rank):
-        scores[scheme] = np.full((len(runs), len(grid)), np.nan)
-        ends[scheme] = [[] for _ in runs]
+    named = {scheme for episodes in table.values() for scheme, _ in episodes}
+    schemes = sorted(named, key=rank)
+    scores = {scheme: np.full((len(runs), len(grid)), np.nan) for scheme in schemes}
+    ends = [cell for every in table.values() for (_, at), cell in every.items() if at == grid[-1]]
+    place = {name: i for i, name in enumerate(sorted({*chain(*ends)}, key=natural))}
+    final = {scheme: np.full((len(runs), len(place)), np.nan) for scheme in schemes}
     for i, run in enumerate(runs):
         for (scheme, step), cell in table[run].items():
             scores[scheme][i, column[step]] = np.mean([*cell.values()])
             if step == grid[-1]:
-                ends[scheme][i] = [cell[episode] for episode in sorted(cell, key=natural)]
-    final = {}
-    for scheme, rows in ends.items():
-        final[scheme] = np.full((len(rows), max(map(len, rows))), np.nan)
-        for i, returns in enumerate(rows):
-            final[scheme][i, : len(returns)] = returns
+                for episode, score in cell.items():
+                    final[scheme][i, place[episode]] = score
     names, seeds = zip(*runs, strict=True)
     return Stratum(*key, list(names), list(seeds), np.array(grid, float), scores, final, scale)
 
@@ -233,6 +257,11 @@ def rank(scheme: str) -> tuple[int, str]:
 def label(scheme: str) -> str:
     """A scheme in words."""
     return KNOWN[scheme].label if scheme in KNOWN else scheme
+
+
+def place_of(scheme: str) -> tuple[str, float] | None:
+    """A scheme's place in the figure of the averages."""
+    return KNOWN[scheme].place if scheme in KNOWN else None
 
 
 def read_runs(files: Iterable[Path]) -> tuple[list[Run], dict[str, Any]]:
