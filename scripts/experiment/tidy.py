@@ -114,9 +114,9 @@ class Stratum:
         return self.normalise(self.scores.get(scheme, missing))
 
     def episodes(self, scheme: str, *beside: str) -> Floats:
-        """Normalised returns of the last point's episodes that all these schemes played, [N, E]."""
+        """Returns of the last point's episodes that all these schemes played, [N, E]."""
         missing = np.full((len(self.runs), 1), np.nan)
-        rows = [self.normalise(self.final.get(name, missing)) for name in (scheme, *beside)]
+        rows = [self.final.get(name, missing) for name in (scheme, *beside)]
         return np.where(np.isfinite(sum(rows)), rows[0], np.nan)
 
     def shipped(self, scheme: str, *beside: str) -> Floats:
@@ -126,18 +126,17 @@ class Stratum:
             scheme: The policy's weights.
             beside: Others that it will be compared with: episodes that one did not play are out.
         """
-        return each(self.episodes(scheme, *beside), np.mean)
+        return self.normalise(each(self.episodes(scheme, *beside), np.mean))
 
     def late(self, scheme: str, *beside: str) -> Floats:
         """The normalised mean over the points from `LATE` of the run on, [N]; NaN as above."""
         points = self.curve(scheme)[:, self.steps >= LATE * self.steps[-1]]
-        return np.asarray(
-            (points[:, :-1].sum(axis=1) + self.shipped(scheme, *beside)) / points.shape[1]
-        )
+        points[:, -1] = self.shipped(scheme, *beside)
+        return np.asarray(points.mean(axis=1))
 
     def worst(self, scheme: str, *beside: str) -> Floats:
         """The normalised mean of the worst tenth of the last point's episodes, [N]."""
-        return each(self.episodes(scheme, *beside), cvar)
+        return self.normalise(each(self.episodes(scheme, *beside), cvar))
 
     def wobble(self, scheme: str) -> Floats:
         """The standard deviation of each run's curve over (50 %, 75 %] of the run, [N].
