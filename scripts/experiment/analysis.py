@@ -19,7 +19,7 @@ CEILING = 0.5  # share of the pairs at the largest return
 Endpoint = Callable[..., Floats]  # (stratum, scheme, *beside) -> [N], NaN where there is none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Effect:
     """A weighted sum over strata of mean paired differences, one number a run.
 

@@ -79,6 +79,7 @@ class Page:
         """Save the figure as PNG and SVG, and show it over its caption."""
         png, svg = (self.out / "figures" / f"{name}.{kind}" for kind in ("png", "svg"))
         figure.savefig(png, dpi=200)
+        figure.set_layout_engine("none")  # it stays as it was laid out
         figure.savefig(svg, metadata={"Date": None})
         data = base64.b64encode(svg.read_bytes()).decode()
         self.pictures[f"figures/{png.name}"] = f"data:image/svg+xml;base64,{data}"

@@ -7,15 +7,15 @@ the tests in the secondary family, are those of that file.
 import hashlib
 import math
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from agents.presets import preset
-from scripts.experiment.analysis import Effect, adjust, contrast, gain, margin
+from scripts.experiment.analysis import Effect, adjust, contrast, gain, margin, present
 from scripts.experiment.schemes import LAST, PRIMARY, TARGET
 from scripts.experiment.stats import Floats
 from scripts.experiment.study import CELLS, FIRST_SEED, RATE, Cell
@@ -33,29 +33,9 @@ BUDGET = 60  # episodes, of the tests that choose
 NOT_RUN = "cells not run"
 BETTER, SIGNS = ("better", "worse"), ("above 0", "below 0")
 
-Rule = Literal["windows", "choose", "checkpoints"]
-
-
 Place = tuple[int, str]  # of a cell: its number and its variant
-
-
-class Replay(Protocol):
-    """Chooses on some of the stored final episodes and scores on the others."""
-
-    def __call__(self, episodes: Mapping[str, Floats], rule: Rule, budget: int) -> Floats:
-        """What a rule of choice is worth over always shipping tail25.
-
-        Args:
-            episodes: Returns by scheme, [N, E]; the same episodes for all schemes of a run.
-            rule: Of tests 5, 6 and 7: the best of ten windows, `polyak_rl.choose` among all, the
-                best of last and five checkpoints.
-            budget: Episodes to choose with, in all.
-
-        Returns:
-            Score of what the rule ships minus that of tail25 on the same episodes, which nothing
-            was chosen on: each run's mean over random splits, [N].
-        """
-        ...
+Rule = Literal["windows", "choose", "checkpoints"]  # of the tests 5, 6 and 7
+Replay = Callable[[Mapping[str, Floats], Rule, int], Floats]  # see `replay.replay`
 
 
 @dataclass(frozen=True)
@@ -128,6 +108,7 @@ class Study:
         replay: Replay | None = None,
     ) -> None:
         self.replay = replay
+        self._chosen: dict[tuple[Rule, int], list[Floats]] = {}
         self.cells: dict[Place, Stratum] = {}
         self.crashed: dict[Place, int] = {}
         self.absent: dict[Place, str] = {}
@@ -167,7 +148,7 @@ class Study:
         for i, s in enumerate(strata):
             effects[f"the same without {s.name}"] = gain(*strata[:i], *strata[i + 1 :])
         effects["stopped late"] = gain(*strata, endpoint=Stratum.late)
-        text = f"shipped weights, {sum(crashed)} crashed runs counted as no difference"
+        text = f"shipped weights, crashed runs ({sum(crashed)}) counted as no difference"
         effects[text] = gain(*strata, crashed=crashed)
         return effects
 
@@ -246,17 +227,22 @@ class Study:
                 if number == 7:
                     pairs = zip(worth, self.chosen("checkpoints", BUDGET), strict=True)
                     worth = [a - b for a, b in pairs]
-                yield Test(number, about, Effect(tuple(worth), margin=margin(*strata)))
+                yield Test(
+                    number, about, Effect(tuple(map(present, worth)), margin=margin(*strata))
+                )
 
     def chosen(self, rule: Rule, budget: int) -> list[Floats]:
         """What a rule of choice is worth over always tail25 in cells 1 to 3, normalised."""
+        if (rule, budget) in self._chosen:
+            return self._chosen[rule, budget]
         strata = self.find(*((n, "") for n in HEADROOM))
         if strata is None or self.replay is None:
             return []
-        return [
+        self._chosen[rule, budget] = [
             self.replay({name: s.normalise(x) for name, x in s.final.items()}, rule, budget)
             for s in strata
         ]
+        return self._chosen[rule, budget]
 
     def predictions(self) -> list[Prediction]:
         """Each that was made, failures first."""

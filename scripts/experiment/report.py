@@ -220,7 +220,8 @@ class Report:
         self.page.text(
             "Failed: the 95 % interval (not adjusted) excludes all that was predicted. Held: the"
             " estimate lies in the range that was predicted; where 0 was predicted, no difference"
-            " that matters; where a direction was, the interval excludes 0."
+            " that matters; where a direction was, the interval excludes 0. What was predicted is"
+            " registered, the rule for these words is not."
         )
 
     def family(self) -> None:
@@ -228,23 +229,20 @@ class Report:
         self.page.heading("Registered: the secondary family")
         rows = []
         for test in self.study.secondary():
-            row = [str(test.number), plain(test.about)]
+            row = [f"{test.number}: {plain(test.about)}"]
             if (effect := test.effect) is None:
-                row += ["–", test.without, "", "", "", ""]
+                row += [test.without, "", "", "", "", ""]
             else:
+                row += [says(effect, test.p, *test.words), p_value(effect.p), p_value(test.p)]
                 row += [str(effect.runs), interval(effect.interval), counts(effect)]
-                row += [
-                    p_value(effect.p),
-                    p_value(test.p),
-                    says(effect, test.p, *test.words),
-                ]
             rows.append(row)
-        names = ["", "", "runs", "mean", "better / tied / worse", "p, not adjusted", "Holm's p", ""]
-        self.page.table(names, rows)
+        names = ["", "finding", "p, not adjusted", "Holm's p", "runs", "mean"]
+        self.page.table([*names, "better / tied / worse"], rows)
         self.page.text(
-            "Intervals are 95 % and not adjusted. Without Holm's p: a test that no outcome of its"
-            " untied runs could make significant, left out by the number of ties alone. Test 4 is"
-            " by t, the others by sign flips."
+            "Intervals are 95 %, not adjusted; the finding follows Holm's p. Where there is none,"
+            " no outcome of the untied runs could have been significant: the test was left out by"
+            " the number of ties alone. Test 4 is by t, the others by sign flips of whole runs,"
+            " within cells where there are several."
         )
 
     def cells(self) -> None:
@@ -262,7 +260,10 @@ class Report:
                 for key, s in self.study.cells.items()
             ],
         )
-        self.page.text(f"No interval here is adjusted. {OVERVIEW_NOTE}")
+        self.page.text(
+            "Registered: difference, stopped late, placebo and SD within a run; the other columns"
+            f" are exploratory. No interval here is adjusted. {OVERVIEW_NOTE}"
+        )
         self.page.figure("forest", draw_forest(effects, primary), FOREST)
         self.dose({names[key]: s for key, s in self.study.cells.items()}, PRIMARY.name)
 
@@ -291,12 +292,15 @@ class Report:
         budgets = (0, 5, 12, 36, 60, 120)
         rows = []
         for rule, about in rules.items():
-            worth = [Effect(tuple(self.study.chosen(rule, budget))) for budget in budgets]
-            rows.append([plain(about), *(interval(effect.interval) for effect in worth)])
+            worth = [self.study.chosen(rule, budget) for budget in budgets]
+            rows.append(
+                [plain(about), *(interval(Effect(tuple(map(present, x))).interval) for x in worth)]
+            )
         self.page.table(["minus always tail25", *(f"{b} episodes" for b in budgets)], rows)
         self.page.text(
             "Mean over cells 1 to 3 in normalised score, 95 % t intervals, not adjusted. Chosen on"
-            " some of the final episodes, scored on the others, 200 random splits a run."
+            " some of the final episodes, scored on the others, 200 random splits a run. Without a"
+            " number: too few episodes for so many candidates."
         )
 
     # --- all else --------------------------------------------------------------------------------
@@ -534,12 +538,13 @@ class Report:
             "“better”, “worse”: the p of sign flips, adjusted by Holm over the tests that can"
             f" reject, is at most .05. “cannot tell: ceiling”: over half of the pairs are both at"
             " the environment's largest return. “no difference that matters”: the 95 % t interval"
-            " lies inside ±0.2 standard deviations of last over runs. “not settled”: all else."
+            " lies inside ±0.2 standard deviations of last over runs (the ceiling is asked first)."
+            " “not settled”: all else."
             f" “too few runs”: under {FEWEST}; “indicative”: under {INDICATIVE}.",
             "Placebo: last on other episodes; its difference from last is noise by construction."
             " The best checkpoint is a baseline that spends evaluation episodes.",
-            "In simulation t intervals and bands cover 92–97 % at 10 and 20 runs where the skewness"
-            " is up to 1; with exponential scores the t interval covers about 90 % at 10 runs.",
+            "In simulation t intervals cover 92–97 % and bands 91–97 % at 10 and 20 runs where the"
+            " skewness is up to 1; with exponential scores about 90 % at 10 runs.",
         ])  # fmt: skip
 
     def heading(self, text: str) -> None:

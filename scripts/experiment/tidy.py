@@ -59,7 +59,7 @@ class Run:
         return self.env, self.algo, self.variant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stratum:
     """All runs of one algorithm on one environment in one variant, evaluated at the same steps.
 
