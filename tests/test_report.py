@@ -218,7 +218,7 @@ def test_words_follow_the_adjusted_p_then_ceiling_then_margin(effect, p, word):
     assert effect.word(p) == word
 
 
-def stratum(scores, env="CartPole-v1", steps=20, seeds=None):
+def stratum(scores, env="CartPole-v1", steps=20, seeds=None, algo="dqn"):
     """One with these final scores [N] by scheme, one episode a point."""
     n = len(next(iter(scores.values())))
     seeds = seeds or [str(seed) for seed in range(n)]
@@ -228,7 +228,7 @@ def stratum(scores, env="CartPole-v1", steps=20, seeds=None):
     final = {name: x[:, -1:] for name, x in curves.items()}
     return Stratum(
         env,
-        "dqn",
+        algo,
         "",
         seeds,
         seeds,
@@ -336,8 +336,9 @@ def registered(cell, runs=None, seeds=None):
     rng = np.random.default_rng(cell.number)
     last = rng.uniform(0, 1, n)
     scores = {"last": last, "tail25": last + 0.1}
-    s = stratum(scores, cell.env_id, seeds=seeds or [str(201 + i) for i in range(n)])
-    total = {"LunarLander-v3": 100_000, "CartPole-v1": 50_000}[cell.env_id]
+    seeds = seeds or [str(201 + i) for i in range(n)]
+    s = stratum(scores, cell.env_id, seeds=seeds, algo=cell.algo)
+    total = {"CartPole-v1": 50_000}.get(cell.env_id, 100_000)
     s.steps[:] = total * np.arange(1, 21) / 20
     return s
 
@@ -354,6 +355,23 @@ def test_a_cell_counts_when_all_of_its_runs_have_ended():
     assert {t.without for t in study.secondary() if t.number != 1} == {"cells not run"}
     (first,) = (t for t in study.secondary() if t.number == 1)
     assert first.p == first.effect.p  # the only one of the family
+
+
+def test_the_three_tests_that_choose_are_those_of_the_family():
+    strata = {s.key: s for s in map(registered, CELLS[:3])}
+    worth = {"windows": 0.3, "choose": 0.5, "checkpoints": 0.1}
+    ask = []
+
+    def stub(returns, rule, budget):
+        ask.append(budget)
+        return np.full(20, worth[rule]) + np.linspace(-0.1, 0.1, 20)
+
+    tests = {test.number: test for test in Study(strata, [], stub).secondary()}
+    estimates = [float(tests[n].effect.interval.estimate) for n in (5, 6, 7)]
+    assert estimates == pytest.approx([0.3, 0.5, 0.4])
+    assert {tests[n].effect.runs for n in (5, 6, 7)} == {60}
+    assert set(ask) == {60}
+    assert all(tests[n].p <= 0.05 for n in (5, 6, 7))
 
 
 def test_the_same_setting_with_other_seeds_or_another_length_is_not_registered():

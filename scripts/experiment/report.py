@@ -312,10 +312,8 @@ class Report:
         if self.study.cells:
             page.heading("Exploratory: runs that were not registered")
         if not any(effect.runs for effect in effects):
-            names = listing([plain(s.name) for s in self.others[:6]])
-            more = f" and {len(self.others) - 6} others" * (len(self.others) > 6)
             page.finding(
-                f"Nothing is compared: no run of {names}{more} was evaluated with"
+                f"Nothing is compared: no run of {some(self.others)} was evaluated with"
                 f" {plain(scheme)} beside last."
             )
         p = adjust(effects)
@@ -360,10 +358,10 @@ class Report:
     def caveats(self) -> list[str]:
         """What a reader must know before the numbers."""
         notes = []
-        if unknown := [plain(s.name) for s in self.others if not s.scale]:
+        if unknown := [s for s in self.others if not s.scale]:
             notes.append(
                 "Raw scores, as no random and reference score is known (--random-score,"
-                f" --reference-score): {listing(unknown)}."
+                f" --reference-score): {some(unknown)}."
             )
         lost = Counter(key for key, _, status, _ in self.unfinished() if status != "not run")
         for s in self.others:
@@ -635,6 +633,13 @@ def overview(s: Stratum, scheme: str) -> list[str]:
         number(float(moved.mean()), known) if moved.size else "–",
         counts(effect) if effect.runs else "–",
     ]
+
+
+def some(strata: Sequence[Stratum], most: int = 6) -> str:
+    """The names of the first strata, and how many others there are."""
+    names = [plain(s.name) for s in strata]
+    more = [f"{len(names) - most} others"] * (len(names) > most)
+    return listing(names[:most] + more)
 
 
 def counted(s: Stratum, runs: int) -> str:
