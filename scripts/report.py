@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tyro
 
+from scripts.experiment.replay import replay
 from scripts.experiment.report import write_report
 from scripts.experiment.schemes import PRIMARY
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.primary,
             options.random_score,
             options.reference_score,
+            replay,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

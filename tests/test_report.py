@@ -14,7 +14,9 @@ from markdown_it import MarkdownIt
 
 from scripts import report
 from scripts.experiment.analysis import Effect, contrast, gain
+from scripts.experiment.page import Page
 from scripts.experiment.registered import REGISTRATION, Prediction, Study, divide, place
+from scripts.experiment.report import Report
 from scripts.experiment.schemes import KNOWN, SCHEMES
 from scripts.experiment.study import CELLS
 from scripts.experiment.tidy import COLUMNS, SCALES, Stratum, read_results, read_runs
@@ -372,6 +374,20 @@ def test_the_three_tests_that_choose_are_those_of_the_family():
     assert {tests[n].effect.runs for n in (5, 6, 7)} == {60}
     assert set(ask) == {60}
     assert all(tests[n].p <= 0.05 for n in (5, 6, 7))
+
+
+def test_budgets_are_shown_side_by_side(tmp_path):
+    page = Page("", tmp_path)
+    strata = [registered(cell) for cell in CELLS[:3]]
+
+    def stub(returns, rule, budget):
+        return np.full(20, 0.01 * budget) if budget else np.full(20, np.nan)
+
+    Report(page, strata, [], "tail25", stub).budgets()
+    _, table, note = page.parts
+    assert row(table, "best of ten windows, equal numbers")[1:3] == ["–", "+0.050 [+0.050, +0.050]"]
+    assert row(table, "minus always tail25")[-1] == "120 episodes"
+    assert re.search(r"`polyak_rl.choose` is that of commit \w{7,}", note)
 
 
 def test_the_same_setting_with_other_seeds_or_another_length_is_not_registered():

@@ -22,6 +22,7 @@ from scripts.experiment.study import CELLS, FIRST_SEED, RATE, Cell
 from scripts.experiment.tidy import Key, Run, Stratum
 
 REGISTRATION = Path(__file__).parents[1] / "results" / "registration.md"
+CHOOSE = Path(__file__).parents[2] / "polyak_rl" / "choose.py"
 
 HEADROOM, NULL = (1, 2, 3), (7, 8, 10)  # cells
 PLAIN, DECAY = (1, ""), (5, "lr=decay75")  # cell and variant
@@ -332,11 +333,14 @@ def divide(strata: Sequence[Stratum]) -> tuple[dict[Key, Stratum], list[Stratum]
 def provenance() -> str:
     """The commit that last changed the registration, and its SHA-256."""
     digest = hashlib.sha256(REGISTRATION.read_bytes()).hexdigest()
-    command = ["git", "log", "-1", "--format=%h", "--", REGISTRATION.name]
+    return f"commit {commit_of(REGISTRATION)}, SHA-256 {digest}"
+
+
+def commit_of(path: Path) -> str:
+    """The commit that last changed a file of this repository."""
+    command = ["git", "log", "-1", "--format=%h", "--", path.name]
     try:
-        found = subprocess.run(
-            command, cwd=REGISTRATION.parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        found = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        found = ""
-    return f"commit {found or 'unknown'}, SHA-256 {digest}"
+        return "unknown"
+    return found.stdout.strip() or "unknown"

@@ -15,10 +15,12 @@ from scripts.experiment.figures import STYLE, draw_curves, draw_dose, draw_fores
 from scripts.experiment.page import Page
 from scripts.experiment.registered import (
     BUDGET,
+    CHOOSE,
     HEADROOM,
     Replay,
     Rule,
     Study,
+    commit_of,
     divide,
     provenance,
 )
@@ -300,7 +302,8 @@ class Report:
         self.page.text(
             "Mean over cells 1 to 3 in normalised score, 95 % t intervals, not adjusted. Chosen on"
             " some of the final episodes, scored on the others, 200 random splits a run. Without a"
-            " number: too few episodes for so many candidates."
+            " number: too few episodes for so many candidates. Only 60 was registered to be"
+            f" tested. `polyak_rl.choose` is that of commit {commit_of(CHOOSE)}."
         )
 
     # --- all else --------------------------------------------------------------------------------
