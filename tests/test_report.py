@@ -384,7 +384,7 @@ def test_budgets_are_shown_side_by_side(tmp_path):
         return np.full(20, 0.01 * budget) if budget else np.full(20, np.nan)
 
     Report(page, strata, [], "tail25", stub).budgets()
-    _, table, note = page.parts
+    _, _, table, note = page.parts
     assert row(table, "best of ten windows, equal numbers")[1:3] == ["–", "+0.050 [+0.050, +0.050]"]
     assert row(table, "minus always tail25")[-1] == "120 episodes"
     assert re.search(r"`polyak_rl.choose` is that of commit \w{7,}", note)
@@ -411,6 +411,7 @@ def test_nothing_is_shown_of_a_cell_that_has_not_ended(tmp_path):
     assert "- cell 1, DQN CartPole-v1: 3 of 20 runs have ended" in text
     assert not re.search(r"[+−]0\.\d{3}", text)
     assert "![" not in text
+    assert row(text, "DQN CartPole-v1", "–")[2:4] == ["3", "none"]
 
 
 def test_the_schemes_of_the_rows_are_those_of_the_table():

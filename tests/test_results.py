@@ -303,7 +303,15 @@ def made_up(folder):
             crashed = (number, seed) == (2, 207)
             status = "crashed" if crashed else "finished"
             about = {"run": name, "env": env, "algo": algo, "seed": seed, "variant": variant}
-            runs.append({**about, "status": status, "seconds": 60, "config": {"gamma": 0.99}})
+            runs.append(
+                {
+                    **about,
+                    "status": status,
+                    "seconds": 60,
+                    "evaluating": 12,
+                    "config": {"gamma": 0.99},
+                }
+            )
             if crashed:
                 continue
             own = 0.5 + 0.1 * draw.gauss(0, 1)

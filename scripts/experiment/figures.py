@@ -111,10 +111,10 @@ def draw_forest(rows: Mapping[str, Effect], total: Effect | None) -> Figure:
     return figure
 
 
-def draw_curves(followed: Sequence[tuple[Stratum, str]]) -> Figure:
-    """Learning curves of last and of each stratum's average, and their paired difference below."""
-    figure, cells = panels([s for s, _ in followed], 3.3, rows=2, ratios=(1.6, 1))
-    for (s, scheme), (above, below) in zip(followed, cells, strict=True):
+def draw_curves(strata: Sequence[Stratum], scheme: str) -> Figure:
+    """Learning curves of last and of the average, and their paired difference below."""
+    figure, cells = panels(strata, 3.3, rows=2, ratios=(1.6, 1))
+    for s, (above, below) in zip(strata, cells, strict=True):
         last, average = s.curve(LAST.name), s.curve(scheme)
         both = np.isfinite(last + average).all(axis=1)
         x, steps = thousands(s.steps)

@@ -29,7 +29,7 @@ blockquote { font-size: 1.1rem; margin: 1rem 0; border-left: 4px solid #0072B2;
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; white-space: nowrap;
          border-bottom: 1px solid #e6e6e6; vertical-align: top; }
-td:first-child, td:last-child { white-space: normal; min-width: 9rem; }
+td:first-child, td:last-child { white-space: normal; min-width: 7.5rem; }
 th { border-bottom: 2px solid #999; white-space: normal; vertical-align: bottom; }
 img { display: block; width: 100%; max-width: 44rem; height: auto; margin: 1.2rem 0 .4rem; }
 code { font-size: .9em; }

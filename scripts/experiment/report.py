@@ -134,7 +134,7 @@ class Report:
         primary: str,
         replay: Replay | None,
     ) -> None:
-        self.page, self.planned, self.primary = page, planned, primary
+        self.page, self.read, self.planned, self.primary = page, strata, planned, primary
         registered, self.others = divide(strata)
         self.study = Study(registered, planned, replay)
         ended = self.study.cells.values()
@@ -197,7 +197,8 @@ class Report:
         )
         page.text(
             "Equal weights over the cells; t intervals by Satterthwaite; p by 100 000 sign flips of"
-            " whole runs within cells. What has no p was registered to be shown without a test."
+            " whole runs within cells (all where there are fewer). What has no p was registered"
+            " to be shown without a test."
         )
         self.predictions()
         self.family()
@@ -378,19 +379,14 @@ class Report:
 
     def curves(self) -> None:
         """Learning curves, and how much to average, where that was evaluated."""
-        followed = []
-        for s in self.strata:
-            for scheme in (self.primary, *s.scores):
-                both = s.curve(scheme) + s.curve(LAST.name)
-                if scheme != LAST.name and len(s.steps) > 1 and np.isfinite(both).all(axis=1).any():
-                    followed.append((s, scheme))
-                    break
-        followed = [one for one in followed if not one[0].variant] or followed
-        if followed:
-            self.heading("Learning curves")
-            self.page.figure("curves", draw_curves(followed), CURVES)
-        placed = [s for s in self.strata if sum(place_of(n) is not None for n in s.scores) > 2]
-        placed = [s for s in placed if not s.variant] or placed
+        strata = [s for s in self.strata if not s.variant] or self.strata
+        for scheme in (self.primary, *(name for s in strata for name in s.scores)):
+            followed = [s for s in strata if scheme != LAST.name and s.follows(scheme, LAST.name)]
+            if followed:
+                self.heading("Learning curves")
+                self.page.figure("curves", draw_curves(followed, scheme), CURVES)
+                break
+        placed = [s for s in strata if sum(place_of(name) is not None for name in s.scores) > 2]
         if placed:
             self.heading("How much to average")
             self.page.figure("shares", draw_shares(placed), SHARES)
@@ -463,7 +459,7 @@ class Report:
     def unfinished(self) -> Iterable[tuple[Key, str, str, float]]:
         """(stratum, run, status, last step) of each run without an endpoint, planned or seen."""
         planned = {(run.key, run.run): run for run in self.planned}
-        for s in self.strata:
+        for s in self.read:
             ended = np.isfinite(s.shipped(LAST.name))
             for i, name in enumerate(s.runs):
                 run = planned.pop((s.key, name), None)
@@ -482,7 +478,7 @@ class Report:
         page.heading("Runs")
         page.bullets([f"{plain(key)}: {plain(value)}" for key, value in about.items()])
         lost = list(self.unfinished())
-        known = {s.key: s for s in self.strata}
+        known = {s.key: s for s in self.read}
         missing = [key for key in dict.fromkeys(key for key, *_ in lost) if key not in known]
         nothing = np.zeros(0)
         known |= {key: Stratum(*key, [], [], nothing, {}, {}, None) for key in missing}
@@ -491,6 +487,7 @@ class Report:
             plan = [run for run in self.planned if run.key == key]
             statuses = Counter(status for other, _, status, _ in lost if other == key)
             seconds = [run.seconds for run in plan if run.seconds is not None]
+            evaluating = [run.evaluating for run in plan if run.seconds and run.evaluating]
             ended = np.isfinite(s.shipped(LAST.name)).sum() if len(s.steps) else 0
             rows.append([
                 plain(s.name),
@@ -503,6 +500,7 @@ class Report:
                 " to ".join(f"{x:g}" for x in s.scale) if s.scale else "–",
                 f"{np.mean(seconds) / 60:.1f}" if seconds else "–",
                 f"{sum(seconds) / 3600:.2f}" if seconds else "–",
+                f"{100 * sum(evaluating) / sum(seconds):.0f} %" if evaluating else "–",
             ])  # fmt: skip
             if config := common(plan):
                 configs[plain(s.name)] = config
@@ -584,6 +582,7 @@ RUNS = (
     "random to reference",
     "minutes a run",
     "hours in all",
+    "of them evaluating",
 )
 FOREST = (
     "Difference of the shipped weights' score, averaged minus last. Mean, 95 % interval. Grey:"

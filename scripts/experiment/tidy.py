@@ -51,6 +51,7 @@ class Run:
     seed: str
     status: str = "finished"  # or crashed, not run, ...
     seconds: float | None = None  # wall-clock
+    evaluating: float | None = None  # of these
     config: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -119,6 +120,11 @@ class Stratum:
         rows = [self.final.get(name, missing) for name in (scheme, *beside)]
         return np.where(np.isfinite(sum(rows)), rows[0], np.nan)
 
+    def follows(self, *schemes: str) -> bool:
+        """Whether a run has all these schemes at every point of several."""
+        together = np.sum([self.curve(scheme) for scheme in schemes], axis=0)
+        return len(self.steps) > 1 and bool(np.isfinite(together).all(axis=1).any())
+
     def shipped(self, scheme: str, *beside: str) -> Floats:
         """The normalised score at the end of the run, [N]; NaN for a run that lacks it.
 
@@ -130,7 +136,7 @@ class Stratum:
 
     def late(self, scheme: str, *beside: str) -> Floats:
         """The normalised mean over the points from `LATE` of the run on, [N]; NaN as above."""
-        points = self.curve(scheme)[:, self.steps >= LATE * self.steps[-1]]
+        points = self.curve(scheme)[:, self.steps / self.steps[-1] >= LATE - 1e-9]
         points[:, -1] = self.shipped(scheme, *beside)
         return np.asarray(points.mean(axis=1))
 
@@ -296,7 +302,11 @@ def planned_run(entry: Any) -> Run:
         raise ValueError(f"a run must have names and values, got {str(entry)[:60]}")
     if missing := [k for k in ("run", "env", "algo", "seed", "status") if k not in entry]:
         raise ValueError(f"missing {missing} in {str(entry)[:200]}")
-    config, seconds = entry.get("config") or {}, entry.get("seconds")
+    config = entry.get("config") or {}
+    seconds, evaluating = (
+        None if entry.get(name) in (None, "") else float(entry[name])
+        for name in ("seconds", "evaluating")
+    )
     if isinstance(config, str):
         config = json.loads(config)
     return Run(
@@ -306,6 +316,7 @@ def planned_run(entry: Any) -> Run:
         run=str(entry["run"]),
         seed=str(entry["seed"]),
         status=str(entry["status"]).replace("_", " "),
-        seconds=float(seconds) if seconds not in (None, "") else None,
+        seconds=seconds,
+        evaluating=evaluating,
         config={str(name): str(value) for name, value in dict(config).items()},
     )
