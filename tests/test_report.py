@@ -156,7 +156,7 @@ def test_scores_subtract_and_everything_is_a_mean(text):
 
 def test_crashed_and_missing_runs_are_reported_and_weighed(text):
     assert re.search(
-        r"1 runs of DQN CartPole-v1 did not reach their end; counting them as no difference: \+0",
+        r"Runs of DQN CartPole-v1 that did not reach their end: 1. Counted as no difference: \+0",
         text,
     )
     assert row(text, "DQN CartPole-v1", "13")[2:7] == [

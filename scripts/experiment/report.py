@@ -349,8 +349,8 @@ class Report:
             ],
         )
         page.text(
-            f"p by sign flips of whole runs; the word follows Holm's p. {OVERVIEW_NOTE} The bracket"
-            " of an interval is not adjusted."
+            "p by sign flips of whole runs; Holm's is over the tests of this table that can reject,"
+            f" and the finding follows it. No interval is adjusted. {OVERVIEW_NOTE}"
         )
         known = {s.name: e for s, e in zip(self.others, effects, strict=True) if s.scale and e.runs}
         if self.study.cells:
@@ -369,11 +369,11 @@ class Report:
             )
         lost = Counter(key for key, _, status, _ in self.unfinished() if status != "not run")
         for s in self.others:
-            if crashed := lost[s.key]:
-                second = gain(s, scheme=self.primary, crashed=[crashed])
+            second = gain(s, scheme=self.primary, crashed=[lost[s.key]])
+            if lost[s.key] and second.runs > lost[s.key]:
                 notes.append(
-                    f"{crashed} runs of {plain(s.name)} did not reach their end; counting them as"
-                    f" no difference: {interval(second.interval, bool(s.scale))}."
+                    f"Runs of {plain(s.name)} that did not reach their end: {lost[s.key]}. Counted"
+                    f" as no difference: {interval(second.interval, bool(s.scale))}."
                 )
         return notes
 
@@ -542,8 +542,8 @@ class Report:
             f" “too few runs”: under {FEWEST}; “indicative”: under {INDICATIVE}.",
             "Placebo: last on other episodes; its difference from last is noise by construction."
             " The best checkpoint is a baseline that spends evaluation episodes.",
-            "In simulation t intervals cover 92–97 % and bands 91–97 % at 10 and 20 runs where the"
-            " skewness is up to 1; with exponential scores about 90 % at 10 runs.",
+            "In simulation, at 10 and 20 runs, t intervals cover 92–97 % where the skewness is up to 1,"
+            " and about 90 % with exponential scores; bands cover 95 %, and 89–91 % at a skewness of 1.",
         ])  # fmt: skip
 
     def heading(self, text: str) -> None:
