@@ -542,8 +542,8 @@ class Report:
             f" “too few runs”: under {FEWEST}; “indicative”: under {INDICATIVE}.",
             "Placebo: last on other episodes; its difference from last is noise by construction."
             " The best checkpoint is a baseline that spends evaluation episodes.",
-            "In simulation, at 10 and 20 runs, t intervals cover 92–97 % where the skewness is up to 1,"
-            " and about 90 % with exponential scores; bands cover 95 %, and 89–91 % at a skewness of 1.",
+            "In simulation, at 10 and 20 runs, t intervals cover 92–97 % where the skewness is at"
+            " most 1, about 90 % with exponential scores; bands 95 %, 89–91 % at a skewness of 1.",
         ])  # fmt: skip
 
     def heading(self, text: str) -> None:
