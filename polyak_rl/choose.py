@@ -39,6 +39,15 @@ one that the episode sets, with its number as the seed: all candidates meet the 
 
 Where the candidates are weights of one network they can be played at once: `play` is then given
 the weights of a round by name, and :func:`polyak_rl.one_by_one` is not needed.
+
+What it is worth, by ``python -m scripts.choice scripts/results/results.csv.gz``, which replays the
+episodes of an exploratory study: in sixty runs of DQN on CartPole-v1, still learning at their end,
+shipping ``tail25`` instead of the last iterate gains .15 of the way from a random policy to the
+best score, choosing with 12 episodes .23, and with 36 episodes among averages and five late
+checkpoints .26, as much as the best of them in hindsight. The best of the five checkpoints alone,
+as an evaluation callback keeps it, gains .23 with as many; whether that is less is not settled. On
+Acrobot-v1, InvertedPendulum-v5 and Pendulum-v1, with little or nothing to gain, choosing was on
+average no worse than shipping the last iterate.
 """
 
 from __future__ import annotations
@@ -46,6 +55,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -109,15 +119,21 @@ class Choice:
     valuing: Returns
 
     def __post_init__(self) -> None:
+        kinds: dict[str, type] = dict.fromkeys(("winner", "prior", "last"), str)
+        kinds |= {"seed": int, "start": int, "choosing": dict, "valuing": dict}
+        for field, kind in kinds.items():
+            if not isinstance(value := getattr(self, field), kind):
+                raise ValueError(f"{field} must be of type {kind.__name__}, got {value!r}")
+        _check_share(self.worst)
         roles = {self.winner, self.prior, self.last}
         for block in ("choosing", "valuing"):
             rows = {name: _finite(name, row) for name, row in getattr(self, block).items()}
             object.__setattr__(self, block, rows)
             if rows and not roles <= rows.keys():
                 raise ValueError(f"{block} must hold {sorted(roles)}, got {sorted(rows)}")
-        if self.valuing and len({len(self.valuing[name]) for name in roles}) > 1:
-            raise ValueError("valuing must hold as many returns of one candidate as of another")
-        _check_share(self.worst)
+        fresh = {len(row) for row in self.valuing.values()}
+        if len(fresh) > 1 or fresh & {0, 1}:
+            raise ValueError(f"valuing must hold the same 2 or more episodes of each, got {fresh}")
 
     @property
     def next_start(self) -> int:
@@ -142,20 +158,28 @@ class Choice:
             worst: another share of the episodes than that of the criterion, in (0, 1].
         """
         share = self.worst if worst is None else worst
-        return mean_of_worst(self.valuing.get(name or self.winner, ()), share)
+        return mean_of_worst(self._fresh(name or self.winner), share)
 
     def gain(self, over: str | None = None) -> Interval:
         """The winner's criterion minus that of the last (or the prior) on the fresh episodes.
 
-        A t interval over paired episodes, of linearised ones where the criterion is not the mean.
-        It knows only what the fresh episodes hold: a failure in one of a hundred is most often not
-        among forty, and a tenth of forty is four.
+        A t interval over paired episodes. It knows only what these hold: a failure in one of a
+        hundred is most often not among forty. For a criterion of the worst episodes it is that of
+        linearised returns, with the degrees of freedom of the episodes that count; there it covers
+        less than 95 %: in replays about 90 % for a quarter of 40 episodes, 80 % for a tenth.
         """
-        pair = [self.valuing.get(name, ()) for name in (self.winner, over or self.last)]
+        pair = [self._fresh(name) for name in (self.winner, over or self.last)]
         if not all(pair):
             return Interval(math.nan, math.nan, math.nan)
         parts = (_parts(row, self.worst) for row in pair)
-        return mean_interval([a - b for a, b in zip(*parts, strict=True)])
+        df = max(1, _counted(len(pair[0]), self.worst) - 1)
+        return mean_interval([a - b for a, b in zip(*parts, strict=True)], df)
+
+    def _fresh(self, name: str) -> tuple[float, ...]:
+        """The candidate's returns on the fresh episodes."""
+        if self.valuing and name not in self.valuing:
+            raise ValueError(f"only {sorted(self.valuing)} were valued, got {name!r}")
+        return self.valuing.get(name, ())
 
     def __str__(self) -> str:
         lines = [f"ship {self.winner}"]
@@ -191,8 +215,8 @@ def choose(
     Ties go to the prior, then to what is named first.
 
     Args:
-        candidates: weights by name, or functions that give them, each called once. Only functions
-            and methods count as such: a module is weights.
+        candidates: weights by name, or functions that give them, each called once. Only functions,
+            methods and partials count as such: a module is weights.
         play: given weights by name and a range of episodes, returns for each name one number an
             episode, higher is better. The same episode must mean the same conditions whoever plays:
             derive the environment's seed from it.
@@ -230,15 +254,16 @@ def choose(
     """
     pairs = list(candidates.items() if isinstance(candidates, Mapping) else candidates)
     weights = dict(pairs)
-    if len(weights) < len(pairs):
+    if len(weights) < len(pairs) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"candidates must have names of their own, got {[n for n, _ in pairs]}")
+    budget, start, seed = map(operator.index, (budget, start, seed))
     for role, name in (("prior", prior), ("last", last)):
         if name not in weights:
             raise ValueError(f"{role} must be one of {[*weights]}, got {name!r}")
     _check_share(worst)
     if fresh is None:
         fresh = max(40, 2 * budget // 3) if budget else 0
-    if fresh < 0 or fresh == 1:
+    if operator.index(fresh) < 0 or fresh == 1:
         raise ValueError(f"fresh must be 0 or at least 2 episodes, got {fresh}")
     if start < 0:
         raise ValueError(f"start must be at least 0, got {start}")
@@ -253,7 +278,8 @@ def choose(
         for name in group:
             if name not in ready:
                 given = weights[name]
-                ready[name] = given() if inspect.isroutine(given) else given
+                made = inspect.isroutine(given) or isinstance(given, functools.partial)
+                ready[name] = given() if made else given
         return _answer(play({name: ready[name] for name in group}, episodes), group, episodes)
 
     alive = [prior, *(name for name in weights if name != prior)]  # the order in which ties fall
@@ -270,9 +296,7 @@ def choose(
     return Choice(winner, prior, last, worst, seed, start, rows, fair)
 
 
-def one_by_one(
-    play: Callable[[W, range], Sequence[float]],
-) -> Play[W]:
+def one_by_one(play: Callable[[W, range], Sequence[float]]) -> Play[W]:
     """Make a function that plays one candidate into one that plays several, one after another.
 
     Args:
@@ -328,15 +352,23 @@ def mean_of_worst(returns: Sequence[float], share: float = 1.0) -> float:
     return statistics.fmean(_parts(returns, share)) if returns else math.nan
 
 
-def mean_interval(x: Sequence[float]) -> Interval:
+def mean_interval(x: Sequence[float], df: int | None = None) -> Interval:
     """The mean of at least two numbers with its 95 % t interval.
+
+    Args:
+        x: the numbers.
+        df: the degrees of freedom, by default one less than there are numbers.
 
     Example:
         >>> print(mean_interval([1.0, 2.0, 3.0]))
         +2 [-0.4841, +4.484]
     """
+    if len(x) < 2:
+        raise ValueError(f"an interval needs at least 2 numbers, got {len(x)}")
     mean = statistics.fmean(x)
-    half = t_quantile(len(x) - 1) * statistics.stdev(x, mean) / math.sqrt(len(x))
+    half = (
+        t_quantile(len(x) - 1 if df is None else df) * statistics.stdev(x, mean) / math.sqrt(len(x))
+    )
     return Interval(mean, mean - half, mean + half)
 
 
@@ -354,6 +386,8 @@ def t_quantile(df: int, level: float = 0.95) -> float:
         >>> [round(t_quantile(df), 3) for df in (1, 2, 19, 1000)]     # as in the tables
         [12.706, 4.303, 2.093, 1.962]
     """
+    if df < 1:
+        raise ValueError(f"df must be at least 1, got {df}")
 
     def inside(angle: float) -> float:
         sine, cosine = math.sin(angle), math.cos(angle)
@@ -375,9 +409,13 @@ def _parts(returns: Sequence[float], share: float) -> list[float]:
     """One number a return, whose mean is that of the worst share: ``q - max(q - x, 0) / share``."""
     if share == 1:
         return list(returns)
-    # The rounding keeps .1 of 10 returns from being a trifle over one.
-    quantile = sorted(returns)[math.ceil(round(share * len(returns), 9)) - 1]
+    quantile = sorted(returns)[_counted(len(returns), share) - 1]
     return [quantile - max(quantile - x, 0.0) / share for x in returns]
+
+
+def _counted(episodes: int, share: float) -> int:
+    """How many of the episodes are the worst share; rounded, as .1 * 30 is a trifle over 3."""
+    return math.ceil(round(share * episodes, 9))
 
 
 def _answer(given: Mapping[str, Sequence[float]], names: Sequence[str], episodes: range) -> Returns:
@@ -406,5 +444,5 @@ def _finite(name: str, returns: Iterable[float]) -> tuple[float, ...]:
 
 
 def _check_share(share: float) -> None:
-    if not 0 < share <= 1:
+    if not isinstance(share, int | float) or not 0 < share <= 1:
         raise ValueError(f"worst must be a share of the episodes in (0, 1], got {share}")

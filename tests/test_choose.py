@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -10,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from polyak_rl import Choice, choose, one_by_one
 from polyak_rl.choose import mean_interval, mean_of_worst, rounds, t_quantile
-from scripts import stats
+from scripts.experiment import stats
 
 NOISE = np.random.default_rng(0).standard_normal((2000, 8))
 
@@ -140,7 +141,7 @@ def test_a_budget_of_nothing_ships_the_prior_and_plays_nothing():
 def test_a_single_candidate_is_shipped_and_valued():
     play = one_by_one(lambda w, episodes: [w + e for e in episodes])
     choice = choose({"last": 1.0}, play, prior="last", budget=30)
-    assert (choice.winner, choice.choosing, choice.value()) == ("last", {}, 10.5)
+    assert (choice.winner, choice.choosing, choice.value()) == ("last", {}, 20.5)
     assert choice.gain() == (0, 0, 0)
 
 
@@ -188,10 +189,12 @@ def test_functions_are_called_once_and_modules_are_weights():
         seen.update(weights)
         return {name: [0.0] * len(episodes) for name in weights}
 
-    choose({"last": net, "tail25": average}, play, budget=8)
+    partial = functools.partial(dict, a=1)
+    choose({"last": net, "tail25": average, "ema1": partial}, play, budget=8)
     assert seen["last"] is net
     assert isinstance(seen["tail25"], torch.nn.Linear)
     assert made == [1]
+    assert seen["ema1"] == {"a": 1}
 
 
 def test_returns_may_come_as_arrays_or_tensors():
@@ -236,6 +239,19 @@ def test_two_candidates_of_one_name_are_refused():
         choose([("last", 1), ("tail25", 2), ("last", 3)], never)
 
 
+@pytest.mark.parametrize("argument", ["budget", "start", "seed", "fresh"])
+def test_numbers_that_count_are_whole_and_may_be_numpys(argument):
+    choice = choose(CANDIDATES, noisy, **{argument: np.int64(12)})
+    assert Choice(**json.loads(json.dumps(dataclasses.asdict(choice)))) == choice
+    with pytest.raises(TypeError, match="integer"):
+        choose(CANDIDATES, never, **{argument: 12.0})
+
+
+def test_names_are_text():
+    with pytest.raises(ValueError, match=r"names of their own, got \['last', 'tail25', 3\]"):
+        choose({"last": 1, "tail25": 2, 3: 3}, never)
+
+
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
@@ -269,14 +285,27 @@ def test_the_record_goes_through_json():
         ({"winner": "tail50"}, "choosing must hold .*tail50"),
         ({"valuing": {"last": [1.0, 2.0]}}, "valuing must hold"),
         ({"choosing": {"last": [math.nan], "tail25": [1.0]}}, "finite"),
-        ({"worst": 2}, "share"),
-        ({"valuing": {"last": [1.0, 2.0], "tail25": [1.0]}}, "as many returns"),
+        ({"worst": 2.0}, "share"),
+        ({"worst": "1"}, r"worst must be a share of the episodes in \(0, 1\], got 1"),
+        ({"winner": ["last"]}, "winner must be of type str"),
+        ({"start": 0.5}, "start must be of type int, got 0.5"),
+        ({"choosing": [1.0]}, "choosing must be of type dict"),
+        ({"valuing": {"last": [1.0, 2.0], "tail25": [1.0]}}, "same 2 or more episodes of each"),
+        ({"valuing": {"last": [1.0], "tail25": [1.0]}}, "same 2 or more episodes of each"),
     ],
 )
 def test_what_is_no_record_is_refused(change, text):
     choice = choose({"last": (0.0, 0), "tail25": (1.0, 1)}, noisy, budget=8)
     with pytest.raises(ValueError, match=text):
         dataclasses.replace(choice, **change)
+
+
+def test_only_what_was_valued_has_a_value():
+    choice = choose(CANDIDATES, noisy)
+    left_out = next(name for name in CANDIDATES if name not in choice.valuing)
+    for ask in (choice.value, choice.gain):
+        with pytest.raises(ValueError, match=f"were valued, got '{left_out}'"):
+            ask(left_out)
 
 
 def test_what_the_choosing_episodes_promise_flatters_and_the_fresh_ones_do_not():
@@ -366,4 +395,8 @@ def mean_of_normal(worst):
 
 
 def test_the_interval_of_a_mean_takes_two_numbers():
+    with pytest.raises(ValueError, match="at least 2 numbers, got 1"):
+        mean_interval([1.0])
+    with pytest.raises(ValueError, match="df must be at least 1, got 0"):
+        t_quantile(0)
     assert mean_interval([0.0, 2.0]) == pytest.approx((1, 1 - 12.7062047, 1 + 12.7062047))
