@@ -1,6 +1,8 @@
 """Watch, record or score a trained policy: python -m scripts.enjoy runs/<run>."""
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -18,7 +20,7 @@ from gymnasium.wrappers import RecordVideo
 from torch import nn
 
 from agents import evaluation
-from agents.environments import Interface, interface, make_env
+from agents.environments import EnvironmentFault, Interface, interface, make_env
 from agents.presets import ALGORITHMS
 from polyak_rl.files import verify_archive
 from scripts.experiment.paths import own_folder
@@ -61,33 +63,47 @@ def command(options: Options) -> int:
                 "episodes must be at least 1 and seed at least 0, "
                 f"got {options.episodes} and {options.seed}"
             )
-        policy, env_id, algo = load_policy(options.run, trust=options.trust)
+        trained = load_policy(options.run, trust=options.trust)
         seeds = range(options.seed, options.seed + options.episodes)
         with ExitStack() as stack:
             if options.video:
-                env = stack.enter_context(recorded(env_id, options.run / VIDEOS))
+                env = stack.enter_context(recorded(trained, options.run / VIDEOS))
             else:
-                env = drawn_env(env_id, "human") if options.render else make_env(env_id)
-                stack.callback(env.close)
+                make = functools.partial(drawn_env, "human") if options.render else make_env
+                env = stack.enter_context(closing(make(trained.env_id, trained.wrap)))
             returns = []
-            for seed, (total, length) in zip(seeds, play(policy, env, algo, seeds), strict=True):
+            for seed, (total, length) in zip(seeds, play(trained, env, seeds), strict=True):
                 returns.append(total)
                 print(f"episode seed {seed}: return {total:.1f} in {length} steps")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EnvironmentFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"mean return {np.mean(returns):.1f} over {len(returns)} episodes")
     if options.video:
         print(f"videos: {options.run / VIDEOS}")
     return 0
 
 
-def load_policy(run: Path, *, trust: bool = False) -> tuple[nn.Module, str, str]:
-    """The policy of a run, its environment's name and its algorithm.
+class Trained(NamedTuple):
+    """A policy of one member, and what it acts in."""
+
+    policy: nn.Module
+    algo: str
+    seed: int
+    env_id: str
+    wrap: Sequence[str] = ()
+    max_steps: int = evaluation.MAX_STEPS
+
+
+def load_policy(run: Path, *, trust: bool = False) -> Trained:
+    """The policy of a run.
 
     Args:
         run: The run's folder.
-        trust: Import the module that its environment names.
+        trust: Import the modules that its environment and its wrappers name.
 
     Raises:
         ValueError: The folder does not hold a run that has been finished, a file is damaged, or it
@@ -98,15 +114,18 @@ def load_policy(run: Path, *, trust: bool = False) -> tuple[nn.Module, str, str]
             raise ValueError(f"{run} is not the folder of a finished run: it has no {name}")
     try:
         record = json.loads((run / "config.json").read_text())
-        env_id = record["run"]["env_id"]
-        require_trusted(env_id, run, trust=trust)
+        about = record["run"]
+        names = (about["env_id"], tuple(about.get("wrap", ())))
+        for name in (names[0], *names[1]):
+            require_trusted(name, run, trust=trust)
         verify_archive(run / "policy.pt")
         weights = torch.load(run / "policy.pt", weights_only=True, map_location="cpu")
         policy = new_policy(record, sum(x.numel() for x in weights.values()))
         policy.load_state_dict(weights)
     except Exception as error:  # damaged files raise anything
         raise ValueError(f"the run in {run} cannot be read: {error}") from error
-    return policy, env_id, record["algo"]
+    steps = about.get("max_episode_steps", evaluation.MAX_STEPS)
+    return Trained(policy, record["algo"], record["seed"], *names, steps)
 
 
 def new_policy(record: dict[str, Any], size: int) -> nn.Module:
@@ -119,9 +138,8 @@ def new_policy(record: dict[str, Any], size: int) -> nn.Module:
     }
     if any(a * b > size for a, b in pairwise(values["hidden"])):
         raise ValueError(f"layers of {values['hidden']} units have more than its {size:,} weights")
-    env = make_env(record["run"]["env_id"])
-    spaces = _interface(env, record["algo"])
-    env.close()
+    with closing(make_env(record["run"]["env_id"], record["run"].get("wrap", ()))) as env:
+        spaces = _interface(env, record["algo"])
     agent = agent_class(
         spaces.obs_dim, spaces.action_dim, config_class(**values), [record["seed"]], "cpu", 1
     )
@@ -129,14 +147,14 @@ def new_policy(record: dict[str, Any], size: int) -> nn.Module:
     return policy
 
 
-def record(policy: nn.Module, env_id: str, algo: str, seeds: Sequence[int], folder: Path) -> None:
-    """Record episodes of a policy of one member to a folder, made if it is not there."""
-    with recorded(env_id, folder) as env:
-        list(play(policy.cpu(), env, algo, seeds))
+def record(trained: Trained, seeds: Sequence[int], folder: Path) -> None:
+    """Record episodes of a policy to a folder, made if it is not there."""
+    with recorded(trained, folder) as env:
+        list(play(trained, env, seeds))
 
 
 @contextmanager
-def recorded(env_id: str, folder: Path) -> Iterator[gym.Env[Any, Any]]:
+def recorded(trained: Trained, folder: Path) -> Iterator[gym.Env[Any, Any]]:
     """An environment whose episodes are recorded to a folder, made if it is not there.
 
     The files are made in a new folder, and take their places when the environment is closed: a link
@@ -150,7 +168,7 @@ def recorded(env_id: str, folder: Path) -> Iterator[gym.Env[Any, Any]]:
     with TemporaryDirectory(dir=folder) as temporary:
         new = Path(temporary, "new")  # RecordVideo warns of a folder that is there
         env = RecordVideo(
-            drawn_env(env_id, "rgb_array"),
+            drawn_env("rgb_array", trained.env_id, trained.wrap),
             str(new),
             episode_trigger=lambda episode: True,
             disable_logger=True,
@@ -161,14 +179,18 @@ def recorded(env_id: str, folder: Path) -> Iterator[gym.Env[Any, Any]]:
             video.replace(folder / video.name)
 
 
-def drawn_env(env_id: str, mode: str) -> gym.Env[Any, Any]:
+def drawn_env(mode: str, env_id: str, wrap: Sequence[str] = ()) -> gym.Env[Any, Any]:
     """The environment in a render mode that has been seen to work.
 
     Raises:
         ValueError: It cannot be drawn here.
     """
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}:
+        if mode == "human":
+            raise ValueError("there is no display here for a window: use --video")
+        os.environ.setdefault("MUJOCO_GL", "egl")  # which draws without one
     try:
-        env = make_env(env_id, render_mode=mode)
+        env = make_env(env_id, wrap, render_mode=mode)
         env.reset(seed=0)
         env.render()  # fails now rather than after training
     except Exception as error:  # whatever the graphics stack raises
@@ -177,16 +199,19 @@ def drawn_env(env_id: str, mode: str) -> gym.Env[Any, Any]:
 
 
 def play(
-    policy: nn.Module, env: gym.Env[Any, Any], algo: str, seeds: Iterable[int]
+    trained: Trained, env: gym.Env[Any, Any], seeds: Iterable[int]
 ) -> Iterable[tuple[float, int]]:
-    """Play an episode per seed with the deterministic actions of a policy of one member.
+    """Play an episode per seed with the deterministic actions of a policy.
 
     Yields:
         The return and length of each episode.
     """
-    spaces = _interface(env, algo)
+    spaces = _interface(env, trained.algo)
     for seed in seeds:
-        played = evaluation.play(policy, [env], spaces, np.array([[seed]]))
+        episode = np.array([[seed]])
+        played = evaluation.play(
+            trained.policy, [env], spaces, episode, max_steps=trained.max_steps
+        )
         yield played.returns.item(), played.lengths.item()
 
 

@@ -8,7 +8,6 @@ one run: whether averaging helps is a question for several runs (`scripts.compar
 """
 
 import csv
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +91,8 @@ def evaluate(
         ValueError: No finished run with a timeline is there, or a rule is wrong or too fine.
     """
     averages = {text: parse_rule(text) for text in rules}
-    policy, env_id, algo = load_policy(run, trust=trust)
+    trained = load_policy(run, trust=trust)
+    policy = trained.policy
     if not (run / "timeline.pt").is_file():
         raise ValueError(f"{run} has no timeline.pt: it was trained without one, or has not ended")
     size = (run / "timeline.pt").stat().st_size
@@ -101,10 +101,11 @@ def evaluate(
     states: dict[str, Mapping[str, Tensor]] = {"last": dict(policy.named_parameters())}
     states |= {text: timeline.average(rule) for text, rule in averages.items()}
 
-    env = make_env(env_id)
-    evaluator = Evaluator(env_id, interface(env.observation_space, env.action_space, algo))
-    seed = json.loads((run / "config.json").read_text())["seed"]
-    seeds = evaluation_seeds(env_id, seed, episodes, Purpose.POSTHOC)
+    env = make_env(trained.env_id, trained.wrap)
+    spaces = interface(env.observation_space, env.action_space, trained.algo)
+    limits = (trained.wrap, trained.max_steps)
+    evaluator = Evaluator(trained.env_id, spaces, "cpu", *limits)
+    seeds = evaluation_seeds(trained.env_id, trained.seed, episodes, Purpose.POSTHOC)
     members = stack_members(policy, list(states.values()))
     result = evaluator.evaluate(members, np.tile(seeds, (len(states), 1)))
     evaluator.close()

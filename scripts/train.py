@@ -41,7 +41,7 @@ from agents.sac import SACConfig
 from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from polyak_rl import PolicyAverages
-from scripts.enjoy import VIDEOS, drawn_env, record
+from scripts.enjoy import VIDEOS, Trained, drawn_env, record
 from scripts.experiment import life
 from scripts.experiment.life import Run
 from scripts.experiment.locks import Hold
@@ -139,9 +139,10 @@ def train(run: Run, options: Options[Any]) -> int:
     seconds = time.perf_counter() - began
     for member, folder in enumerate(run.folders):
         if options.video:
-            policy, seeds = life.member_policy(training, member), training.eval_seeds[member, :1]
-            env_id = training.config.env_id
-            record(policy, env_id, run.algo, seeds.tolist(), folder.path / VIDEOS)
+            policy, config = life.member_policy(training, member).cpu(), training.config
+            place = (config.env_id, config.wrap, config.max_episode_steps)
+            trained = Trained(policy, run.algo, training.seeds[member], *place)
+            record(trained, training.eval_seeds[member, :1].tolist(), folder.path / VIDEOS)
         print(summary(run, member, seconds))
     print(how_to_see(run))
     if completed:
@@ -247,7 +248,7 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
     if options.checkpoint_every < 0:
         raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
     if options.video:
-        drawn_env(options.run.env_id, "rgb_array").close()
+        drawn_env("rgb_array", options.run.env_id, options.run.wrap).close()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     training = Training(algo, options.agent, options.run, chosen_seeds(options))
@@ -312,7 +313,8 @@ def resume(path: Path, *, trust: bool = False) -> tuple[Run, Options[Any]] | Non
         for other in paths[1:]:
             if other.exists():
                 held.take(other)
-        require_trusted(options.run.env_id, path, trust=trust)
+        for name in (options.run.env_id, *options.run.wrap):
+            require_trusted(name, path, trust=trust)
         resolve_device(options.run.device)
         training, averages = build(algo, options)
         parts = (training, averages, held, paths, checkpoint, notes)
@@ -333,11 +335,15 @@ def recorded(about: dict[str, Any]) -> tuple[str, Options[Any]]:
     """
     try:
         algo, values = about["algo"], dict(about["options"])
-        agent = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("agent").items()}
-        run = TrainConfig(**values.pop("run"))
+        run: Any
+        agent: Any
+        run, agent = (
+            {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop(part).items()}
+            for part in ("run", "agent")
+        )
         values["runs_dir"] = Path(values["runs_dir"])
         config: Any = ALGORITHMS[algo][1]
-        return algo, Options(run=run, agent=config(**agent), **values)
+        return algo, Options(run=TrainConfig(**run), agent=config(**agent), **values)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint is of another version of this program: {error}") from None
 

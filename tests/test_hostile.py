@@ -235,6 +235,19 @@ def test_a_run_of_a_module_is_resumed_with_trust_as_its_last_line_says(
     assert f"python -m scripts.enjoy '{folder}' --trust\n" in capsys.readouterr().out
 
 
+def test_a_wrapper_that_a_folder_names_is_a_module_that_it_names(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["run"]["wrap"] = ["gymnasium.wrappers:ClipReward"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert posthoc.main([str(folder)]) == 2
+    assert "imports the module 'gymnasium.wrappers'" in capsys.readouterr().err
+    config["run"]["wrap"] = ["gymnasium.wrappers:FlattenObservation"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert enjoy.main([str(folder), "--episodes", "1", "--trust"]) == 0
+
+
 def test_nothing_is_imported_to_find_out_where_a_module_lies(tmp_path, monkeypatch):
     package = tmp_path / "elsewhere" / "package"
     module_in(package)

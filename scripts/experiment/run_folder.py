@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensorboard.plugins.hparams.api_pb2 import MetricName  # type: ignore[import-untyped]
-from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import-untyped]
+from tensorboard.plugins.hparams.api_pb2 import MetricName
+from tensorboard.plugins.hparams.plugin_data_pb2 import (
     HParamsPluginData,
 )
 from torch import Tensor
