@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias, TypeVar
 
@@ -36,6 +36,18 @@ def choose_treatments(
         if treatment == "average" and not (tensor.is_floating_point() or tensor.is_complex()):
             treatments[name] = "copy"
     return treatments
+
+
+def keeps(buffers: Buffers) -> Callable[[str], bool]:
+    """Says by name whether a buffer is left alone."""
+    if not isinstance(buffers, Mapping):
+        return lambda _: buffers == "keep"
+
+    def kept(name: str) -> bool:
+        found = [how for pattern, how in buffers.items() if fnmatchcase(name, pattern)]
+        return found[-1:] == ["keep"]
+
+    return kept
 
 
 def by_pattern(

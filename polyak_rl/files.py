@@ -73,8 +73,12 @@ def verify_archive(path: str | os.PathLike[str]) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type]
             damaged = packed[0] if packed else archive.testzip()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{os.fspath(path)} is damaged, or no file of torch.save: {error}") from error
+    except Exception as error:  # bytes that are no such file raise anything, EINVAL among it
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f"{os.fspath(path)} is damaged, or no file of torch.save: {error}"
+        ) from error
     if damaged:
         raise ValueError(f"{os.fspath(path)} is damaged: the checksum of {damaged!r} does not fit")
 

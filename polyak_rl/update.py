@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from numbers import Real
+from operator import call
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from polyak_rl.buffers import Buffers, Treatment, by_pattern, choose_treatments
 from polyak_rl.flat import coalesce
 from polyak_rl.pairing import Pair, Watch
+from polyak_rl.swap import require_online, swaps
 
 Tau: TypeAlias = float | Tensor | Mapping[str, float]
 """One number in [0, 1], a 0-dim tensor on the networks' device, or a number per name pattern."""
+
+Call: TypeAlias = Callable[[], object]
 
 
 class Terms(NamedTuple):
@@ -71,28 +75,47 @@ class Plan:
         self._groups = [_Group(group, kind[-1], masters) for kind, group in kinds.items()]
         # True while the modules hold the tensors that this plan writes and reads
         self.intact = Watch(*modules).intact if modules is not None else _never
+        self._with_masters = [group for group in self._groups if group.masters]
+        self._traced = torch.compiler.is_compiling()
         self.set_tau(check_tau(tau))
 
     def set_tau(self, tau: Tau) -> None:
         """Use another tau; a mapping must be the one that the plan was made with."""
-        calls: list[Callable[[], object]] = []
-        for group in self._groups:
-            calls += group.move(tau if group.tau is None else group.tau)
-        if self._copied[0]:
-            calls.append(partial(torch._foreach_copy_, *self._copied))
-        self._calls = calls
+        calls = [
+            move
+            for group in self._groups
+            for move in group.move(tau if group.tau is None else group.tau)
+        ]
+        self.tau, self._calls = tau, calls + self._copies()
 
-    def apply(self) -> None:
-        """Move every tensor by one update."""
-        for call in self._calls:
-            call()
+    def apply(self, *last: Call) -> None:
+        """Move every tensor by one update, then call ``last``: all of it or nothing."""
+        self._run(self._calls, last)
 
     def copy(self) -> None:
         """Make every tensor equal to its online one, bit for bit."""
-        for call in [call for group in self._groups for call in group.copy()]:
-            call()
-        if self._copied[0]:
-            torch._foreach_copy_(*self._copied)
+        self._run([copy for group in self._groups for copy in group.copy()] + self._copies())
+
+    def _copies(self) -> list[Call]:
+        return [partial(torch._foreach_copy_, *self._copied)] if self._copied[0] else []
+
+    def _run(self, calls: list[Call], last: tuple[Call, ...] = ()) -> None:
+        self._require_online()
+        if self._traced:
+            for one in (*calls, *last):
+                one()
+            return
+        for group in self._with_masters:
+            group.notice_writes()
+        # One call of C: an interrupt is served before or after all of it, never in between.
+        [*map(call, (*calls, *last))]
+        for group in self._with_masters:
+            group.remember_writes()
+
+    def _require_online(self) -> None:
+        if swaps:  # almost never: this must cost nothing
+            both = [tensor for pair in self.pairs for tensor in (pair.target, pair.online)]
+            require_online("updating a target network", both)
 
     @property
     def masters(self) -> dict[str, Tensor]:
@@ -118,9 +141,10 @@ class _Group:
         self._sources = self._onlines  # what it moves to: the online tensors, or those cast
         if self._averages[0].dtype != self._onlines[0].dtype:
             self._sources = [torch.empty_like(average) for average in self._averages]
-        self._versions = [target._version for target in self._targets] if self.masters else []
+        if self.masters:
+            self.remember_writes()
 
-    def move(self, tau: Any) -> list[Callable[[], object]]:
+    def move(self, tau: Any) -> list[Call]:
         """The calls that move the targets by one update.
 
         Raises:
@@ -140,33 +164,47 @@ class _Group:
             )
         if _is_end(tau):
             return self.copy() if tau == 1 else []
-        calls: list[Callable[[], object]] = []
-        if self.masters and not torch.compiler.is_compiling():
-            calls.append(self._notice_writes)
+        calls: list[Call] = []
         if self._sources is not self._onlines:
             calls.append(partial(torch._foreach_copy_, self._sources, self._onlines))
         if len(self._averages) == 1:
             calls.append(partial(self._averages[0].lerp_, self._sources[0], tau))
         else:
-            weight = [tau] * len(self._averages) if isinstance(tau, Tensor) else tau
+            weight = tau
+            if isinstance(tau, Tensor) and first.target.is_cpu:
+                weight = [tau] * len(self._averages)
+            elif isinstance(tau, Tensor):
+                # Of weights of one element torch makes a launch a tensor; these take two for all.
+                memory, weight = self._weights
+                calls.append(partial(memory.copy_, tau))
             calls.append(partial(torch._foreach_lerp_, self._averages, self._sources, weight))
         return calls + self._round()
 
-    def copy(self) -> list[Callable[[], object]]:
+    @cached_property
+    def _weights(self) -> tuple[Tensor, list[Tensor]]:
+        """Memory for one weight an element, and its parts beside the averages."""
+        sizes = [average.numel() for average in self._averages]
+        memory = self._averages[0].new_empty(sum(sizes))
+        both = zip(torch.split(memory, sizes), self._averages, strict=True)
+        parts = [
+            part.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+            for part, like in both
+        ]
+        return memory, parts
+
+    def copy(self) -> list[Call]:
         """The calls that make the targets equal to the online tensors."""
         return [partial(torch._foreach_copy_, self._averages, self._onlines), *self._round()]
 
-    def _round(self) -> list[Callable[[], object]]:
-        """The calls that bring the masters' values to the targets."""
-        if not self.masters:
-            return []
-        rounding = partial(torch._foreach_copy_, self._targets, self._averages)
-        return [rounding] if torch.compiler.is_compiling() else [rounding, self._remember_writes]
+    def _round(self) -> list[Call]:
+        """The call that brings the masters' values to the targets."""
+        return [partial(torch._foreach_copy_, self._targets, self._averages)] * bool(self.masters)
 
-    def _remember_writes(self) -> None:
+    def remember_writes(self) -> None:
+        """Take what the targets hold for what the masters have given them."""
         self._versions = [target._version for target in self._targets]
 
-    def _notice_writes(self) -> None:
+    def notice_writes(self) -> None:
         """Start again from values that somebody else wrote to the copy (loaded weights, say)."""
         for target, master, version in zip(
             self._targets, self._averages, self._versions, strict=True
@@ -218,3 +256,16 @@ def _check_number(tau: float) -> float:
     if isinstance(tau, bool) or not isinstance(tau, Real) or not 0 <= tau <= 1:
         raise ValueError(f"tau must be in [0, 1], got {tau!r}")
     return float(tau)
+
+
+try:
+    torch.cuda.is_current_stream_capturing()
+    _without_cuda = None
+except RuntimeError:
+    _without_cuda = torch.cuda.is_current_stream_capturing
+
+
+def is_capturing() -> bool:
+    """True while the current CUDA stream records a graph: what Python does is not in it."""
+    ask = torch.cuda.is_current_stream_capturing
+    return ask is not _without_cuda and ask()

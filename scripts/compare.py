@@ -11,31 +11,38 @@ an evaluation episode) and `results/runs.json` (what became of each planned run)
 the whole machine is, start it again: finished runs stay, others go on from their last checkpoint.
 """
 
+import dataclasses
+import importlib
 import sys
 from collections.abc import Sequence
 
 import tyro
 
 from scripts.experiment.driver import execute, finished
-from scripts.experiment.jobs import Job, Options, plan
+from scripts.experiment.jobs import Job, Options, check, plan
 from scripts.experiment.results import collect
-from scripts.experiment.terminal import unfailing_output
+from scripts.experiment.terminal import unfailing_output, whole_numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, which nothing that is printed can change."""
     with unfailing_output():
         prog = "python -m scripts.compare"
-        return command(tyro.cli(Options, args=argv, prog=prog, description=__doc__))
+        words = whole_numbers(sys.argv[1:] if argv is None else argv)
+        return command(tyro.cli(Options, args=words, prog=prog, description=__doc__))
 
 
 def command(options: Options) -> int:
     """Do what a command line asks for; returns the exit code."""
+    options = dataclasses.replace(options, out=options.out.expanduser())
     try:
         jobs = plan(options)
+        check(jobs)
         options.out.mkdir(parents=True, exist_ok=True)
         missing = [job for job in jobs if not finished(job, options.out)]
-    except (ValueError, OSError) as error:
+        if options.ray is not None:
+            importlib.import_module("scripts.experiment.cluster")  # not only when it is needed
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
@@ -46,7 +53,7 @@ def command(options: Options) -> int:
                 failed = execute_on_ray(missing, options)
         finally:
             collect(options.out)
-    except (ImportError, ConnectionError) as error:
+    except ConnectionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

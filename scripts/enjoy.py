@@ -1,5 +1,7 @@
 """Watch, record or score a trained policy: python -m scripts.enjoy runs/<run>."""
 
+import functools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -15,7 +17,7 @@ from gymnasium.wrappers import RecordVideo
 from torch import nn
 
 from agents import evaluation
-from agents.environments import Interface, interface, make_env
+from agents.environments import EnvironmentFault, make_env
 from scripts.experiment.finished import FinishedRun, read
 from scripts.experiment.life import printable
 from scripts.experiment.paths import own_folder
@@ -62,22 +64,25 @@ def command(options: Options) -> int:
             )
         run = read(options.run, trust=options.trust)
         which = options.policy or run.default
-        policy, env_id, algo = run.policy(which), run.env_id, run.algo
+        policy = run.policy(which)
         print(f"policy: {named(run, which)}")
         seeds = range(options.seed, options.seed + options.episodes)
         with ExitStack() as stack:
             if options.video:
-                env = stack.enter_context(recorded(env_id, options.run / VIDEOS))
+                env = stack.enter_context(recorded(run, options.run / VIDEOS))
             else:
-                env = drawn_env(env_id, "human") if options.render else make_env(env_id)
-                stack.callback(env.close)
+                make = functools.partial(drawn_env, "human") if options.render else make_env
+                env = stack.enter_context(closing(make(run.env_id, run.wrap)))
             returns = []
-            for seed, (total, length) in zip(seeds, play(policy, env, algo, seeds), strict=True):
+            for seed, (total, length) in zip(seeds, play(run, policy, env, seeds), strict=True):
                 returns.append(total)
                 print(f"episode seed {seed}: return {total:.1f} in {length} steps")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EnvironmentFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"mean return {np.mean(returns):.1f} over {len(returns)} episodes")
     if options.video:
         print(f"videos: {options.run / VIDEOS}")
@@ -91,14 +96,14 @@ def named(run: FinishedRun, which: str) -> str:
     return f"shipped, {printable(str(run.choice['choice']['winner']))}"
 
 
-def record(policy: nn.Module, env_id: str, algo: str, seeds: Sequence[int], folder: Path) -> None:
-    """Record episodes of a policy of one member to a folder, made if it is not there."""
-    with recorded(env_id, folder) as env:
-        list(play(policy.cpu(), env, algo, seeds))
+def record(run: FinishedRun, policy: nn.Module, seeds: Sequence[int], folder: Path) -> None:
+    """Record episodes of a policy to a folder, made if it is not there."""
+    with recorded(run, folder) as env:
+        list(play(run, policy, env, seeds))
 
 
 @contextmanager
-def recorded(env_id: str, folder: Path) -> Iterator[gym.Env[Any, Any]]:
+def recorded(run: FinishedRun, folder: Path) -> Iterator[gym.Env[Any, Any]]:
     """An environment whose episodes are recorded to a folder, made if it is not there.
 
     The files are made in a new folder, and take their places when the environment is closed: a link
@@ -112,7 +117,7 @@ def recorded(env_id: str, folder: Path) -> Iterator[gym.Env[Any, Any]]:
     with TemporaryDirectory(dir=folder) as temporary:
         new = Path(temporary, "new")  # RecordVideo warns of a folder that is there
         env = RecordVideo(
-            drawn_env(env_id, "rgb_array"),
+            drawn_env("rgb_array", run.env_id, run.wrap),
             str(new),
             episode_trigger=lambda episode: True,
             disable_logger=True,
@@ -123,14 +128,18 @@ def recorded(env_id: str, folder: Path) -> Iterator[gym.Env[Any, Any]]:
             video.replace(folder / video.name)
 
 
-def drawn_env(env_id: str, mode: str) -> gym.Env[Any, Any]:
+def drawn_env(mode: str, env_id: str, wrap: Sequence[str] = ()) -> gym.Env[Any, Any]:
     """The environment in a render mode that has been seen to work.
 
     Raises:
         ValueError: It cannot be drawn here.
     """
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}:
+        if mode == "human":
+            raise ValueError("there is no display here for a window: use --video")
+        os.environ.setdefault("MUJOCO_GL", "egl")  # which draws without one
     try:
-        env = make_env(env_id, render_mode=mode)
+        env = make_env(env_id, wrap, render_mode=mode)
         env.reset(seed=0)
         env.render()  # fails now rather than after training
     except Exception as error:  # whatever the graphics stack raises
@@ -139,21 +148,17 @@ def drawn_env(env_id: str, mode: str) -> gym.Env[Any, Any]:
 
 
 def play(
-    policy: nn.Module, env: gym.Env[Any, Any], algo: str, seeds: Iterable[int]
+    run: FinishedRun, policy: nn.Module, env: gym.Env[Any, Any], seeds: Iterable[int]
 ) -> Iterable[tuple[float, int]]:
     """Play an episode per seed with the deterministic actions of a policy of one member.
 
     Yields:
         The return and length of each episode.
     """
-    spaces = _interface(env, algo)
     for seed in seeds:
-        played = evaluation.play(policy, [env], spaces, np.array([[seed]]))
+        episode = np.array([[seed]])
+        played = evaluation.play(policy, [env], run.interface, episode, max_steps=run.max_steps)
         yield played.returns.item(), played.lengths.item()
-
-
-def _interface(env: gym.Env[Any, Any], algo: str) -> Interface:
-    return interface(env.observation_space, env.action_space, algo)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agents.evaluation import Evaluator
+from agents.environments import EnvironmentFault
 from agents.networks import stack_members
 from polyak_rl.files import write_whole
 from scripts.experiment.episodes import first_episode, note_call, seeds_of
@@ -81,6 +81,9 @@ def command(options: Options) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EnvironmentFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     Console().print(table(returns, f"{run.path.name}, call {call}"))
     print(f"Written: {path}")
     return 0
@@ -103,9 +106,8 @@ def evaluate(
     states = {which: run.weights(which) for which in ("last", *rules)}
     members = stack_members(run.network, list(states.values()))
     seeds = seeds_of(run.env_id, run.seed, episodes)
-    evaluator = Evaluator(run.env_id, run.interface)
-    result = evaluator.evaluate(members, np.tile(seeds, (len(states), 1)))
-    evaluator.close()
+    with closing(run.evaluator()) as evaluator:
+        result = evaluator.evaluate(members, np.tile(seeds, (len(states), 1)))
     return dict(zip(states, result.returns, strict=True))
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from agents.environments import EnvironmentFault
 from polyak_rl.choose import Choice, mean_of_worst
 from scripts.experiment.card import hand_over, new_folder
 from scripts.experiment.finished import FinishedRun, read
@@ -71,6 +72,9 @@ def command(options: Options) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EnvironmentFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     report(run, choice)
     print(f"Written: {options.folder or run.path / 'shipped.pt'}")
     return 0

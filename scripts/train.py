@@ -2,7 +2,7 @@
 
     python -m scripts.train dqn --env-id CartPole-v1
     python -m scripts.train sac --env-id Pendulum-v1 --seed 2 --learning-rate 3e-4
-    python -m scripts.train dqn --env-id ALE/Pong-v5  # needs: pip install -e '.[train,atari]'
+    python -m scripts.train dqn --env-id ALE/Pong-v5  # needs the group atari
     python -m scripts.train --resume runs/RUN
 
 The defaults are the preset of the algorithm for the environment (agents/presets.py);
@@ -48,7 +48,7 @@ from scripts.experiment.life import Run
 from scripts.experiment.locks import Hold
 from scripts.experiment.run_folder import new_run_folder
 from scripts.experiment.shipping import require_enough, ship
-from scripts.experiment.terminal import unfailing_output
+from scripts.experiment.terminal import unfailing_output, whole_numbers
 from scripts.experiment.trust import require_trusted
 
 DEFAULT_ENV = {
@@ -98,7 +98,7 @@ class Options(Generic[AgentConfig]):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, which nothing that is printed can change."""
     with unfailing_output():
-        return command(sys.argv[1:] if argv is None else list(argv))
+        return command(whole_numbers(sys.argv[1:] if argv is None else argv))
 
 
 def command(argv: Sequence[str]) -> int:
@@ -147,7 +147,7 @@ def train(run: Run, options: Options[Any]) -> int:
         print(summary(run, member, seconds))
         try:
             hand_over(run, member, options)
-        except ValueError as error:
+        except (ValueError, OSError, EnvironmentFault) as error:
             print(f"error: {error}", file=sys.stderr)
             code = code or 1
     print(how_to_see(run))
@@ -171,7 +171,7 @@ def hand_over(run: Run, member: int, options: Options[Any]) -> None:
         print(ship(finished, options.ship or 0))
     if options.video:
         policy, seeds = finished.policy(finished.default), training.eval_seeds[member, :1]
-        record(policy, finished.env_id, run.algo, seeds.tolist(), finished.path / VIDEOS)
+        record(finished, policy, seeds.tolist(), finished.path / VIDEOS)
 
 
 def folder_to_resume(argv: Sequence[str]) -> tuple[Path | None, bool]:
@@ -213,7 +213,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
         OmitArgPrefixes[choice],  # type: ignore[misc]
         args=argv,
         prog="python -m scripts.train",
-        description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment.",
+        description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment. "
+        "A run that was stopped or killed goes on with: python -m scripts.train --resume RUN "
+        "(--trust, if its environment is of a module of yours).",
     )
     if options.threads < 1:
         raise ValueError(f"threads must be at least 1, got {options.threads}")
@@ -246,6 +248,8 @@ def chosen_seeds(options: Options[Any]) -> tuple[int, ...]:
         ValueError: They are not written as 1..20 or 1,5,7, or several were not asked for together.
     """
     if options.seeds is None:
+        if options.together:
+            raise ValueError("--together needs several seeds, such as --seeds 1..20")
         return (options.seed,)
     try:
         if ".." in options.seeds:
@@ -254,7 +258,9 @@ def chosen_seeds(options: Options[Any]) -> tuple[int, ...]:
         else:
             seeds = tuple(map(int, options.seeds.split(",")))
     except ValueError:
-        raise ValueError(f"seeds must be like 1..20 or 1,5,7, got {options.seeds!r}") from None
+        seeds = ()
+    if not seeds:
+        raise ValueError(f"seeds must be like 1..20 or 1,5,7, got {options.seeds!r}")
     if len(seeds) > 1 and not options.together:
         raise ValueError("several seeds in one process need --together; or start one process each")
     return seeds
@@ -265,7 +271,7 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
     if options.checkpoint_every < 0:
         raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
     if options.video:
-        drawn_env(options.run.env_id, "rgb_array").close()
+        drawn_env("rgb_array", options.run.env_id, options.run.wrap).close()
     if options.ship is not None and not options.averages:
         raise ValueError("ship chooses among averages: it cannot be with no-averages")
     torch.set_num_threads(options.threads)
@@ -290,7 +296,8 @@ def set_up(algo: str, options: Options[Any]) -> tuple[Run, Options[Any]]:
         try:
             for seed in training.seeds:
                 env_id = options.run.env_id
-                paths.append(new_run_folder(options.runs_dir, env_id, algo, seed))
+                root = options.runs_dir.expanduser()
+                paths.append(new_run_folder(root, env_id, algo, seed))
                 held.take(paths[-1])
             values = dataclasses.asdict(options) | {"runs_dir": str(options.runs_dir)}
             about = {"algo": algo, "options": values}
@@ -333,7 +340,8 @@ def resume(path: Path, *, trust: bool = False) -> tuple[Run, Options[Any]] | Non
         for other in paths[1:]:
             if other.exists():
                 held.take(other)
-        require_trusted(options.run.env_id, path, trust=trust)
+        for name in (options.run.env_id, *options.run.wrap):
+            require_trusted(name, path, trust=trust)
         resolve_device(options.run.device)
         training, averages = build(algo, options)
         parts = (training, averages, held, paths, checkpoint, notes)
@@ -354,11 +362,15 @@ def recorded(about: dict[str, Any]) -> tuple[str, Options[Any]]:
     """
     try:
         algo, values = about["algo"], dict(about["options"])
-        agent = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("agent").items()}
-        run = TrainConfig(**values.pop("run"))
+        run: Any
+        agent: Any
+        run, agent = (
+            {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop(part).items()}
+            for part in ("run", "agent")
+        )
         values["runs_dir"] = Path(values["runs_dir"])
         config: Any = ALGORITHMS[algo][1]
-        return algo, Options(run=run, agent=config(**agent), **values)
+        return algo, Options(run=TrainConfig(**run), agent=config(**agent), **values)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint is of another version of this program: {error}") from None
 

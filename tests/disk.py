@@ -25,7 +25,7 @@ class Disk:
     Args:
         root: The folder.
         before: Called with the number of a call, from 1, and its name; what it raises, the call
-            raises.
+            raises, and a write has written half.
 
     Attributes:
         calls: What was called.
@@ -126,9 +126,11 @@ class _File(io.FileIO):
 
     def write(self, data: Any) -> int:
         data = bytes(data)
-        self.disk.call("write")
         half = len(data) // 2
-        super().write(data[:half])
+        try:
+            self.disk.call("write")
+        finally:  # what fails has written half
+            super().write(data[:half])
         if half and not self.disk.before:
             self.disk.remember()
         return half + (super().write(data[half:]) or 0)

@@ -58,6 +58,7 @@ def test_curves_that_cannot_be_written_are_one_warning_and_the_run_is_the_same(
     class Broken(EventFile):
         def scalar(self, tag, value, step):
             if step >= 100 and self.file:
+                self.file.close()
                 self.file = Full()
             super().scalar(tag, value, step)
 

@@ -16,7 +16,7 @@ from scripts.experiment.paths import beside, folder_name
 from scripts.experiment.trust import require_trusted
 from tests.test_checkpoint import sign
 from tests.test_compare import TINY
-from tests.test_resume import COMMAND, DQN_TINY, QUICK, killed_at
+from tests.test_resume import COMMAND, DQN_TINY, QUICK, contents, killed_at
 from tests.test_resume import TINY as SMALL
 
 
@@ -84,13 +84,10 @@ def test_a_link_in_the_place_of_a_folder_or_of_the_lock_is_refused(
     else:
         (folder / name).rename(tmp_path / "elsewhere")
         (folder / name).symlink_to(tmp_path / "elsewhere")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = contents(tmp_path)
     assert train.main(["--resume", str(folder)]) == 2
     assert "symbolic link" in capsys.readouterr().err
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {p: b for p, b in after.items() if p.name != "lock"} == {
-        p: b for p, b in before.items() if p.name != "lock"
-    }
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "../outside", "/tmp/x", "a/../../outside"])
@@ -108,14 +105,11 @@ def test_another_run_beside_a_hostile_one_is_not_written_to(finished, tmp_path, 
     first = min(tmp_path.iterdir())
     victim = tmp_path / "victim"
     shutil.copytree(finished, victim)
-    before = {path: path.read_bytes() for path in victim.rglob("*") if path.is_file()}
+    before = contents(victim)
     about(first, folders=[first.name, "victim"])
     assert train.main(["--resume", str(first)]) == 2
     assert f"{victim} is not of this run" in capsys.readouterr().err
-    after = {path: path.read_bytes() for path in victim.rglob("*") if path.is_file()}
-    assert {p: b for p, b in after.items() if p.name != "lock"} == {
-        p: b for p, b in before.items() if p.name != "lock"
-    }
+    assert contents(victim) == before
     about(first, folders=[first.name, ".."])
     assert train.main(["--resume", str(first)]) == 2
     assert "'..' is not the name of a folder" in capsys.readouterr().err
@@ -242,6 +236,19 @@ def test_a_run_of_a_module_is_resumed_with_trust_as_its_last_line_says(
     assert "add --trust if you trust that folder" in capsys.readouterr().err
     assert train.main(["--resume", str(folder), "--trust"]) == 0
     assert f"python -m scripts.enjoy '{folder}' --trust\n" in capsys.readouterr().out
+
+
+def test_a_wrapper_that_a_folder_names_is_a_module_that_it_names(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["run"]["wrap"] = ["gymnasium.wrappers:ClipReward"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert posthoc.main([str(folder)]) == 2
+    assert "imports the module 'gymnasium.wrappers'" in capsys.readouterr().err
+    config["run"]["wrap"] = ["gymnasium.wrappers:FlattenObservation"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert enjoy.main([str(folder), "--episodes", "1", "--trust"]) == 0
 
 
 def test_nothing_is_imported_to_find_out_where_a_module_lies(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_candidates_are_the_weights_that_training_evaluated(dqn_run):
     seeds = evaluation_seeds("CartPole-v1", 1, 2).tolist()
     for name in ("last", "tail50", "ema1"):
         env = enjoy.make_env("CartPole-v1")
-        played = [total for total, _ in enjoy.play(finished.policy(name), env, "dqn", seeds)]
+        played = [total for total, _ in enjoy.play(finished, finished.policy(name), env, seeds)]
         assert played == [float(row["return"]) for row in rows if row["scheme"] == name]
 
 
@@ -148,7 +148,8 @@ def test_what_is_shipped_is_the_winner_and_the_record_says_how(run, capsys):
     env = enjoy.make_env("CartPole-v1")
     for block in ("choosing", "valuing"):
         for name, returns in getattr(choice, block).items():
-            again = enjoy.play(finished.policy(name), env, "dqn", seeds[block][: len(returns)])
+            policy = finished.policy(name)
+            again = enjoy.play(finished, policy, env, seeds[block][: len(returns)])
             assert tuple(total for total, _ in again) == returns
 
 
@@ -156,14 +157,14 @@ def test_all_policies_of_a_round_are_members_of_one_network(dqn_run, monkeypatch
     run, calls = read(dqn_run), []
     evaluate = Evaluator.evaluate
 
-    def counted(self, policy, episode_seeds):
+    def counted(self, policy, episode_seeds, *others):
         calls.append(episode_seeds.shape)
-        return evaluate(self, policy, episode_seeds)
+        return evaluate(self, policy, episode_seeds, *others)
 
     monkeypatch.setattr(Evaluator, "evaluate", counted)
     weights = {name: run.weights(name) for name in NAMES}
     with Progress(disable=True) as progress:
-        evaluator = Evaluator(run.env_id, run.interface)
+        evaluator = run.evaluator()
         returns = shipping.play(run, evaluator, weights, range(3, 13), progress)
     assert calls == [(15, 4), (15, 4), (15, 2)]  # no more than 64 environments
     assert {len(row) for row in returns.values()} == {10}

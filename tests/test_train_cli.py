@@ -161,8 +161,8 @@ def test_enjoy_plays_the_trained_policy(run, capsys):
 def test_enjoy_reaches_the_returns_that_training_wrote_down(run):
     finished = read(run)
     seeds = evaluation_seeds("CartPole-v1", 3, 3).tolist()
-    env = make_env(finished.env_id)
-    played = [total for total, _ in enjoy.play(finished.policy("last"), env, "dqn", seeds)]
+    env, policy = make_env("CartPole-v1"), finished.policy("last")
+    played = [total for total, _ in enjoy.play(finished, policy, env, seeds)]
     assert played == np.load(run / "evaluations.npz")["results"][-1].tolist()
 
 
@@ -231,7 +231,7 @@ def test_options_that_do_not_parse_exit_with_code_2(command, capsys):
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert train.main(["dqn", *QUICK, "--runs-dir", str(tmp_path / "file" / "runs")]) == 2
+    assert train.main(["dqn", *QUICK, *SMALL, "--runs-dir", str(tmp_path / "file" / "runs")]) == 2
     assert capsys.readouterr().err.startswith("error: cannot make a folder in ")
 
 
@@ -240,7 +240,7 @@ def test_a_run_folder_that_cannot_be_filled_is_taken_away(tmp_path, capsys, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("scripts.experiment.run_folder.write_whole", full)
-    assert train.main(["dqn", *QUICK, "--runs-dir", str(tmp_path)]) == 2
+    assert train.main(["dqn", *QUICK, *SMALL, "--runs-dir", str(tmp_path)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -22,15 +22,21 @@ TRIES = 3  # of a run that is killed
 def finished(job: Job, out: Path) -> bool:
     """Whether every run of a job is done, with these very settings, and left what it said.
 
+    The job's file is written again if it was damaged.
+
     Raises:
         ValueError: It was done with other settings.
     """
-    runs = [ending(out / "runs" / name, job) for name in job.run_names()]
-    if not all(runs):
+    if not all(ending(out / "runs" / name, job) for name in job.run_names()):
         return False
     record = job_file(job, out)
-    if record.exists() and plain(read_job(record)) != plain(job):
-        raise ValueError(f"{record} has other settings than asked for now; give another --out")
+    try:
+        settings = plain(read_job(record))
+    except (FileNotFoundError, ValueError):
+        write_job(job, record)
+    else:
+        if settings != plain(job):
+            raise ValueError(f"{record} has other settings than asked for now; give another --out")
     return True
 
 

@@ -14,6 +14,7 @@ All of it is data, and is checked before it is used.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.environments import Interface, interface, make_env
+from agents.evaluation import MAX_STEPS, Evaluator
 from agents.networks import stack_members
 from agents.presets import ALGORITHMS
 from polyak_rl import Timeline, parse_rule
@@ -75,6 +77,20 @@ class FinishedRun:
         return int(self.record["seed"])
 
     @property
+    def wrap(self) -> tuple[str, ...]:
+        """Wrappers around the environment."""
+        return tuple(self.record["run"].get("wrap", ()))
+
+    @property
+    def max_steps(self) -> int:
+        """Steps after which an evaluation episode is cut."""
+        return int(self.record["run"].get("max_episode_steps", MAX_STEPS))
+
+    def evaluator(self) -> Evaluator:
+        """What plays episodes with its policies."""
+        return Evaluator(self.env_id, self.interface, "cpu", self.wrap, self.max_steps)
+
+    @property
     def default(self) -> str:
         """What is played unless something else is asked for."""
         return "shipped" if (self.path / CHOICE).is_file() else "last"
@@ -92,8 +108,9 @@ class FinishedRun:
                 f"{self.path} has no timeline.pt: it was trained without one, or has not ended"
             )
         try:
-            verify_archive(path)
-            return Timeline.load(path, self.network, max_bytes=1 << 36)
+            # At least half of its segments are full, in float32; of a short run, fewer, but little.
+            most = max(8 * path.stat().st_size, 1 << 30)
+            return Timeline.load(path, self.network, max_bytes=most)
         except OSError:
             raise
         except Exception as error:  # a file that was made up raises anything
@@ -185,7 +202,7 @@ def read(path: Path, *, trust: bool = False) -> FinishedRun:
 
     Args:
         path: Its folder.
-        trust: Import the module that its environment names.
+        trust: Import the modules that its environment and its wrappers name.
 
     Raises:
         ValueError: The folder does not hold a run that has ended, a file is damaged, or it names a
@@ -197,8 +214,8 @@ def read(path: Path, *, trust: bool = False) -> FinishedRun:
             raise ValueError(f"{path} is not the folder of a finished run: it has no {file.name}")
     try:
         record = json.loads((path / "config.json").read_text())
-        env_id = record["run"]["env_id"]
-        require_trusted(env_id, path, trust=trust)
+        for name in (record["run"]["env_id"], *record["run"].get("wrap", ())):
+            require_trusted(name, path, trust=trust)
         return _described(path, record, sum(x.numel() for x in _load(policy).values()))
     except Exception as error:  # damaged files raise anything
         raise ValueError(f"the run in {path} cannot be read: {error}") from error
@@ -214,9 +231,8 @@ def _described(path: Path, record: dict[str, Any], size: int) -> FinishedRun:
     }
     if any(a * b > size for a, b in pairwise(values["hidden"])):
         raise ValueError(f"layers of {values['hidden']} units have more than its {size:,} weights")
-    env = make_env(record["run"]["env_id"])
-    spaces = interface(env.observation_space, env.action_space, record["algo"])
-    env.close()
+    with closing(make_env(record["run"]["env_id"], record["run"].get("wrap", ()))) as env:
+        spaces = interface(env.observation_space, env.action_space, record["algo"])
     agent = agent_class(
         spaces.obs_dim, spaces.action_dim, config_class(**values), [record["seed"]], "cpu", 1
     )

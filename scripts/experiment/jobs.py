@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from agents.agent import check as check_config
+from agents.environments import interface, make_env
 from agents.presets import ALGORITHMS, preset
 from polyak_rl.files import write_whole
 from scripts.experiment.paths import folder_name
@@ -212,6 +215,20 @@ def plan(options: Options) -> list[Job]:
                 group = tuple(every[i : i + options.together])
                 jobs.append(dataclasses.replace(variant, seeds=group))
     return jobs
+
+
+def check(jobs: Sequence[Job]) -> None:
+    """Look at what can be known before anything is trained.
+
+    Raises:
+        ValueError: An environment cannot be made, its spaces are not those of the algorithm, or a
+            setting is out of its range.
+    """
+    for algo, env_id in dict.fromkeys((job.algo, job.env_id) for job in jobs):
+        with closing(make_env(env_id)) as env:
+            interface(env.observation_space, env.action_space, algo)
+    for job in jobs:
+        check_config(job.agent_config())
 
 
 def study(options: Options) -> list[Job]:

@@ -69,7 +69,8 @@ class Run:
     @property
     def words(self) -> str:
         """The run as words of a command line."""
-        trust = " --trust" if ":" in self.training.config.env_id else ""
+        config = self.training.config
+        trust = " --trust" if ":" in config.env_id or config.wrap else ""
         return shlex.quote(str(self.path)) + trust
 
     def save(self, extra: Mapping[str, Any] | None = None) -> None:

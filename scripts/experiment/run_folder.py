@@ -10,14 +10,15 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensorboard.plugins.hparams.api_pb2 import MetricName  # type: ignore[import-untyped]
-from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import-untyped]
+from tensorboard.plugins.hparams.api_pb2 import MetricName
+from tensorboard.plugins.hparams.plugin_data_pb2 import (
     HParamsPluginData,
 )
 from torch import Tensor
@@ -219,7 +220,8 @@ class RunFolder:
         self.events.close()
         if self.averages:
             self.averages.close()
-        self.table.close()
+        with suppress(OSError):  # what waits in it could not be written before, which was said
+            self.table.close()
 
     def _events_of(self, scheme: str) -> EventFile:
         """Where a scheme's evaluations go."""

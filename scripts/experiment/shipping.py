@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any, Literal
 
 import numpy as np
@@ -51,25 +52,21 @@ def ship(
     weights, left_out = candidates(run)
     prior = "tail25" if "tail25" in weights else "last"
     first = first_episode(run.path, again)
-    evaluator = Evaluator(run.env_id, run.interface)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
-        try:
-            choice = choose(
-                weights,
-                lambda group, numbers: play(run, evaluator, group, numbers, progress),
-                budget=episodes,
-                prior=prior,
-                worst=WORST[criterion],
-                start=first,
-            )
-        finally:
-            evaluator.close()
+    with closing(run.evaluator()) as evaluator, Progress(*columns) as progress:
+        choice = choose(
+            weights,
+            lambda group, numbers: play(run, evaluator, group, numbers, progress),
+            budget=episodes,
+            prior=prior,
+            worst=WORST[criterion],
+            start=first,
+        )
     call = note_call(run.path, "ship", first, choice.next_start - first)
     write(run, weights[choice.winner], choice, criterion, call, left_out)
     return choice

@@ -1,10 +1,28 @@
-"""Output that is never in the way of what is computed: what cannot be shown is not shown."""
+"""Command lines: numbers as people write them, and output that is never in the way."""
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+
+def whole_numbers(argv: Sequence[str]) -> list[str]:
+    """A command line with its whole numbers in digits.
+
+    Example:
+        >>> whole_numbers(["--total-steps", "1e5", "--batch-size=64.0", "--gamma", "0.9"])
+        ['--total-steps', '100000', '--batch-size=64', '--gamma', '0.9']
+    """
+    number = re.compile(r"(--[\w.-]+=)?(\d+\.\d*|\d+(?:\.\d*)?[eE]\+?\d{1,2})")
+    words = []
+    for word in argv:
+        found = number.fullmatch(word)
+        if found and float(found[2]).is_integer():
+            word = f"{found[1] or ''}{int(float(found[2]))}"
+        words.append(word)
+    return words
 
 
 @contextlib.contextmanager
