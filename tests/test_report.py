@@ -354,7 +354,7 @@ def test_a_cell_counts_when_all_of_its_runs_have_ended():
     assert study.absent[2, ""] == "19 of 20 runs have ended"
     assert study.absent[3, ""] == "not run"
     assert study.primary() == {}
-    assert {t.without for t in study.secondary() if t.number != 1} == {"cells not run"}
+    assert [t.number for t in study.secondary() if t.in_family] == [1]
     (first,) = (t for t in study.secondary() if t.number == 1)
     assert first.p == first.effect.p  # the only one of the family
 
@@ -374,6 +374,14 @@ def test_the_three_tests_that_choose_are_those_of_the_family():
     assert {tests[n].effect.runs for n in (5, 6, 7)} == {60}
     assert set(ask) == {60}
     assert all(tests[n].p <= 0.05 for n in (5, 6, 7))
+
+
+def test_without_a_replay_the_three_are_named_and_counted():
+    strata = {s.key: s for s in map(registered, CELLS[:3])}
+    tests = Study(strata, []).secondary()
+    assert [test.number for test in tests if not test.computed] == [5, 6, 7]
+    assert [test.number for test in tests if test.in_family] == [1, 2, 3, 5, 6, 7]
+    assert tests[0].p == pytest.approx(6 * tests[0].effect.p)
 
 
 def test_budgets_are_shown_side_by_side(tmp_path):
@@ -582,6 +590,8 @@ def test_missing_columns_and_missing_files_are_named(tmp_path, capsys):
     (tmp_path / "r.csv").write_text("run,env\n1,E\n")
     assert report.main([str(tmp_path)]) == 2
     assert re.search(r"missing \['algo', 'seed', 'scheme'", capsys.readouterr().err)
+    assert report.main([]) == 2
+    assert "give results" in capsys.readouterr().err
     assert report.main([str(tmp_path / "nowhere")]) == 2
     assert "no such" in capsys.readouterr().err
     (tmp_path / "r.csv").unlink()
