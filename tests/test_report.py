@@ -380,7 +380,7 @@ def test_without_a_replay_the_three_are_named_and_counted():
     strata = {s.key: s for s in map(registered, CELLS[:3])}
     tests = Study(strata, []).secondary()
     assert [test.number for test in tests if not test.computed] == [5, 6, 7]
-    assert [test.number for test in tests if test.in_family] == [1, 2, 3, 5, 6, 7]
+    assert [test.number for test in tests if test.in_family] == [1, 2, 3, 5, 6, 7, 9]
     assert tests[0].p == pytest.approx(6 * tests[0].effect.p)
 
 
@@ -564,6 +564,19 @@ def test_a_runs_json_that_is_none_is_refused_in_one_sentence(tmp_path, capsys, s
     assert re.search(text, error)
     assert error.count("\n") == 1
     assert len(error) < 600
+
+
+@pytest.mark.parametrize("depth", range(860, 1000, 20))
+def test_a_value_too_deep_to_be_shown_is_refused_like_one_too_deep_to_be_read(tmp_path, depth):
+    write(tmp_path / "r.csv", [ONE])
+    nested = "[" * depth + "]" * depth
+    (tmp_path / "runs.json").write_text(f'{{"command": {nested}, "runs": []}}')
+    try:
+        _, about = read_runs([tmp_path / "r.csv"])
+    except ValueError as error:
+        assert "not a list of runs" in str(error)
+    else:
+        assert about["command"] == nested
 
 
 def test_runs_json_with_other_types_is_read_as_text(tmp_path):

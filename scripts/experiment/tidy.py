@@ -289,7 +289,8 @@ def read_runs(files: Iterable[Path]) -> tuple[list[Run], dict[str, Any]]:
             if (path := folder / "runs.json").exists():
                 said = json.loads(path.read_text(encoding="utf-8"))
                 if isinstance(said, dict):
-                    about |= {key: value for key, value in said.items() if key != "runs"}
+                    scores = {"scores": said["scores"]} if "scores" in said else {}
+                    about |= {key: str(said[key]) for key in said if key != "runs"} | scores
                     said = said.get("runs", [])
                 entries += said
             if (path := folder / "runs.csv").exists():
