@@ -329,8 +329,8 @@ class Report:
         ]
         if lines:
             page.finding(
-                f"{plain(scheme)} ({plain(label(scheme))}) against the last iterate, each environment"
-                " by itself (95 % intervals, not adjusted; the words are):"
+                f"{plain(scheme)} ({plain(label(scheme))}) against the last iterate, each"
+                " environment by itself (95 % intervals, not adjusted; the words are):"
             )
             page.bullets(lines)
         page.text("Exploratory: no test of these runs was registered before them.")
