@@ -2,7 +2,6 @@ import csv
 import json
 import re
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,11 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from agents.dqn import DQNConfig
+from agents.environments import make_env
 from agents.seeding import evaluation_seeds
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
+from scripts.experiment import life
 from scripts.experiment.run_folder import RunFolder, new_run_folder
 
 QUICK = ["--total-steps", "300", "--eval-every", "100", "--eval-episodes", "3"]
@@ -40,7 +41,7 @@ def test_the_run_folder_is_named_after_environment_algorithm_seed_and_time(run):
 def test_two_runs_that_begin_in_one_second_get_folders_of_their_own(tmp_path):
     folders = {new_run_folder(tmp_path, "ALE/Pong-v5", "dqn", 1) for _ in range(3)}
     assert len(folders) == 3
-    assert all(folder.name.startswith("ALE-Pong-v5__dqn__1__") for folder in folders)
+    assert all(folder.name.startswith("ALE%2FPong-v5__dqn__1__") for folder in folders)
 
 
 def test_evaluations_are_written_as_rows_and_in_the_form_of_stable_baselines3(run):
@@ -156,10 +157,10 @@ def test_enjoy_plays_the_trained_policy(run, capsys):
 
 
 def test_enjoy_reaches_the_returns_that_training_wrote_down(run):
-    policy, env_id, algo = enjoy.load_policy(run)
+    trained = enjoy.load_policy(run)
     seeds = evaluation_seeds("CartPole-v1", 3, 3).tolist()
-    env = enjoy.open_env(env_id, None)
-    played = [total for total, _ in enjoy.play(policy, env, algo, seeds)]
+    env = make_env(trained.env_id)
+    played = [total for total, _ in enjoy.play(trained, env, seeds)]
     assert played == np.load(run / "evaluations.npz")["results"][-1].tolist()
 
 
@@ -228,16 +229,16 @@ def test_options_that_do_not_parse_exit_with_code_2(command, capsys):
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert train.main(["dqn", *QUICK, "--runs-dir", str(tmp_path / "file" / "runs")]) == 2
+    assert train.main(["dqn", *QUICK, *SMALL, "--runs-dir", str(tmp_path / "file" / "runs")]) == 2
     assert capsys.readouterr().err.startswith("error: cannot make a folder in ")
 
 
 def test_a_run_folder_that_cannot_be_filled_is_taken_away(tmp_path, capsys, monkeypatch):
-    def full(self, *args):
+    def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    assert train.main(["dqn", *QUICK, "--runs-dir", str(tmp_path)]) == 2
+    monkeypatch.setattr("scripts.experiment.run_folder.write_whole", full)
+    assert train.main(["dqn", *QUICK, *SMALL, "--runs-dir", str(tmp_path)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -268,7 +269,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
     class Run:
         stopping = False
 
-    with train.stops_on_interrupt(Run()):
+    with life.stops_when_asked(Run()):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
