@@ -322,12 +322,13 @@ def resume(path: Path, *, trust: bool = False) -> tuple[Run, Options[Any]] | Non
         held.take(path)  # then read: nobody else writes
         checkpoint, notes = newest(path / life.CHECKPOINT)
         algo, options = recorded(checkpoint.about)
-        if checkpoint.step >= options.run.total_steps and life.is_kept(path, checkpoint):
-            return None
         paths = life.folders_of(path, checkpoint)
-        for other in paths[1:]:
-            if other.exists():
-                held.take(other)
+        there = [each for each in paths if each.exists()]
+        kept = all(life.is_kept(each, checkpoint) for each in there)
+        if kept and checkpoint.step >= options.run.total_steps:
+            return None
+        for other in there[1:]:
+            held.take(other)
         for name in (options.run.env_id, *options.run.wrap):
             require_trusted(name, path, trust=trust)
         resolve_device(options.run.device)
