@@ -323,19 +323,23 @@ def test_a_run_that_breaks_off_twice_leaves_what_one_does_that_nothing_happened_
     assert_same_folders(whole, folder)
 
 
-def test_a_run_that_sigterm_stopped_goes_on_from_that_very_step(
-    whole, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_a_signal_stopped_goes_on_from_that_very_step(
+    number, whole, tmp_path, monkeypatch, capsys
 ):
+    """SIGTERM, or the end of its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     advance_ = Training.advance
 
     def asked_to_stop(self):
         advance_(self)
         if self.step == 133:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "advance", asked_to_stop)
-        assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 128 + signal.SIGTERM
+        assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 128 + number
+    signal.signal(signal.SIGHUP, before)
     (folder,) = tmp_path.iterdir()
     assert f"Go on: python -m scripts.train --resume {folder}" in capsys.readouterr().out
     assert newest(folder / "checkpoint")[0].step == 133

@@ -3,9 +3,10 @@
     python -m scripts.compare --tier l --ray auto --out /shared/compare
 
 Every job is one task of Ray, which queues them, places them and starts a task again whose machine
-was lost; there it goes on from the job's last checkpoint. Tasks and driver talk through files, as
-processes on one machine do: this checkout, its environment and `--out` must have the same paths on
-every machine. What a job computes is what it computes locally, byte for byte on CPUs of one kind.
+was lost; there it goes on from the job's last checkpoint, and waits for the first try where that
+one still writes. Tasks and driver talk through files, as processes on one machine do: this
+checkout, its environment and `--out` must have the same paths on every machine. What a job computes
+is what it computes locally, byte for byte on CPUs of one kind.
 """
 
 import contextlib

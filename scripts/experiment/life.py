@@ -192,7 +192,11 @@ def go_on(
         OSError: A folder cannot be written.
     """
     found = list(notes)
-    marks = checkpoint.about["rows"]
+    marks = checkpoint.about.get("rows", [])
+    if not len(marks) == len(paths) == len(training.seeds):
+        raise ValueError(
+            f"the checkpoint does not say which folder and rows each seed had: {marks}"
+        )
     tables = []
     for path, mark in zip(paths, marks, strict=True):
         for part in (path, path / CHECKPOINT, path / AVERAGES):
@@ -243,7 +247,7 @@ def folders_of(path: Path, checkpoint: Checkpoint) -> list[Path]:
     Raises:
         ValueError: One of them is no plain name.
     """
-    _, *names = checkpoint.about["folders"]
+    _, *names = checkpoint.about.get("folders", [path.name])
     paths = [path, *(beside(path, str(name)) for name in names)]
     if len(set(paths)) < len(paths):
         raise ValueError(f"the checkpoint names one folder for several seeds: {names}")

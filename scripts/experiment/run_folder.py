@@ -95,8 +95,9 @@ def rows_until(folder: Path, mark: Sequence[Any], step: int) -> tuple[bytes, str
         data = (folder / TABLE).read_bytes()
     except OSError as error:
         return HEADER, f"the evaluations up to step {step:,} are lost: {error}"
-    if hashlib.sha256(data[:size]).hexdigest() == sha256:
-        return data[:size], ""
+    known = data[: int(size)]
+    if hashlib.sha256(known).hexdigest() == sha256:
+        return known, ""
     rows = (_ROW.fullmatch(line) for line in data.splitlines(keepends=True))
     kept = b"".join(row[0] for row in rows if row and int(row[1]) <= step)
     return HEADER + kept, f"{folder / TABLE} is not as it was at step {step:,}: some rows are lost"
