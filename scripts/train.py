@@ -17,8 +17,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
@@ -33,10 +33,10 @@ from agents.averaging import default_rules, evaluate_averages, record_policy
 from agents.checkpoint import newest
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.environments import EnvironmentFault
+from agents.environments import EnvironmentFault, flattened
 from agents.malloc import keep_freed_memory
 from agents.nonfinite import NonFiniteError
-from agents.presets import ALGORITHMS, preset
+from agents.presets import ALGORITHMS, describe_preset, preset
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
@@ -101,7 +101,7 @@ def command(argv: Sequence[str]) -> int:
     try:
         path, trust = folder_to_resume(argv)
         started = set_up(*parse(argv)) if path is None else resume(path, trust=trust)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EnvironmentFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if started is None:
@@ -109,7 +109,10 @@ def command(argv: Sequence[str]) -> int:
         return 0
 
     run, options = started
-    with closing(run):
+    print(describe_preset(run.algo, options.run.env_id))
+    if line := flattened(run.training.envs):
+        print(line)
+    with closed_in_the_end(run):
         try:
             return train(run, options)
         except (NonFiniteError, EnvironmentFault) as error:
@@ -123,6 +126,18 @@ def command(argv: Sequence[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
         print(how_to_go_on(run), file=sys.stderr)
         return 1
+
+
+@contextmanager
+def closed_in_the_end(run: Run) -> Iterator[None]:
+    """Close a run; an environment that raises even then changes nothing of what was kept."""
+    try:
+        yield
+    finally:
+        try:
+            run.close()
+        except EnvironmentFault as error:
+            print(f"warning: {error}", file=sys.stderr)
 
 
 def train(run: Run, options: Options[Any]) -> int:

@@ -179,7 +179,7 @@ def test_the_rules_of_the_table_are_all_and_can_be_typed():
     ("link", "built"),
     [
         ("targets.md", "targets.html"),
-        ("../scripts/results/report.md#every-scheme", "report.html#every-scheme"),
+        ("../scripts/results/exploratory/report.md#every-scheme", "report.html#every-scheme"),
         ("../polyak_rl/sb3.py", "polyak_rl/sb3.html"),
         ("../polyak_rl/__init__.py", "polyak_rl.html"),
         ("https://example.org/a.md", "https://example.org/a.md"),

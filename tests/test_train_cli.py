@@ -3,6 +3,7 @@ import json
 import re
 import signal
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from agents.dqn import DQNConfig
 from agents.environments import make_env
+from agents.presets import describe_preset
 from agents.seeding import evaluation_seeds
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
@@ -300,3 +302,62 @@ def test_enjoy_refuses_a_folder_without_a_finished_run(damage, message, run, tmp
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err
+
+
+class Faulty(gym.Env):
+    """Cannot be reset, or cannot be closed."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def reset(self, *, seed=None, options=None):
+        if self.fault == "reset":
+            return np.zeros(2, dtype=np.float32)  # the old signature
+        return np.zeros(2, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, dtype=np.float32), 0.0, True, False, {}
+
+    def close(self):
+        if self.fault == "close":
+            raise OSError("port in use")
+
+
+@pytest.fixture(params=["reset", "close"])
+def faulty(request):
+    gym.register("test/Faulty-v1", lambda: Faulty(request.param))
+    yield request.param
+    gym.registry.pop("test/Faulty-v1")
+
+
+def test_a_fault_before_the_run_exits_with_2_and_one_after_it_loses_nothing(
+    faulty, tmp_path, capsys
+):
+    argv = ["dqn", "--env-id", "test/Faulty-v1", *QUICK, *SMALL, "--runs-dir", str(tmp_path)]
+    code = train.main(argv)
+    printed = capsys.readouterr()
+    if faulty == "reset":
+        assert code == 2
+        assert printed.err.startswith("error: the environment returned an array of float32 (2,)")
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert code == 0
+        assert printed.err.startswith("warning: the environment raised OSError in close: port")
+        assert printed.out.startswith("no preset for test/Faulty-v1: defaults of DQN\n")
+        assert len([*tmp_path.glob("*/policy.pt")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("env_id", "line"),
+    [
+        ("CartPole-v1", "preset: CartPole-v1"),
+        ("Acrobot-v1", "preset: Acrobot-v1"),
+        ("MountainCar-v0", "preset: MountainCar-v0"),
+        ("CartPole-v0", "no preset for CartPole-v0: defaults of DQN"),
+    ],
+)
+def test_the_first_line_says_where_the_settings_come_from(env_id, line):
+    assert describe_preset("dqn", env_id) == line

@@ -33,7 +33,7 @@ PAGES = {  # in the order in which they are read
     "docs/speed.md": "Speed and survival",
     "docs/optimizers.md": "Optimizers",
     "docs/results.md": "Results",
-    "scripts/results/report.md": "Report",
+    "scripts/results/exploratory/report.md": "Report",
     "scripts/results/registration.md": "Registration",
 }
 FORMATTER = HtmlFormatter(nowrap=True)
