@@ -18,9 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tensorboard.plugins.hparams.api_pb2 import MetricName
-from tensorboard.plugins.hparams.plugin_data_pb2 import (
-    HParamsPluginData,
-)
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 
 from agents.training import TrainConfig
