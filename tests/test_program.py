@@ -306,7 +306,6 @@ def test_a_missing_compiler_is_named_before_anything_begins(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CASES)
 def test_a_captured_graph_launches_the_same_kernels(name):
     eager, eager_tags = trained(name, seeds=2, device="cuda", spoil={2, 5})
