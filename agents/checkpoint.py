@@ -32,13 +32,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from agents.averaging import PolicyAverages
+from agents.environments import EpisodeSeeds
 from agents.evaluation import Evaluation
-from agents.training import EpisodeSeeds, Training
+from agents.optimizers import Descent
+from agents.training import Training
+from polyak_rl import PolicyAverages
 
-SCHEMA = 3
+SCHEMA = 5
 
 State = dict[str, Any]
 
@@ -260,8 +261,8 @@ def describe(training: Training, averages: PolicyAverages | None) -> State:
         "agent": dataclasses.asdict(training.agent.config),
         "observation size": spaces.obs_dim,
         "action size": spaces.action_dim,
-        "averages": [*averages.bank.rules] if averages else None,
-        "segments": averages.timeline.capacity if averages else None,
+        "averages": [*averages.rules] if averages else None,
+        "segments": averages.timeline.capacity if averages and averages.timeline else None,
     }
     plain: State = json.loads(json.dumps(record))
     return plain
@@ -291,12 +292,7 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
             for name, part in _parts(training.agent).items()
         },
         "sampling": [generator.get_state() for generator in training.sampling],
-        "averages": {
-            "bank": averages.bank.state_dict(),
-            "timeline": averages.timeline.state_dict(),
-        }
-        if averages
-        else None,
+        "averages": averages.state_dict() if averages else None,
         "losses": {tag: loss.clone() for tag, loss in training.losses.items()},
         "evaluations": {
             scheme: [torch.from_numpy(x.copy()) for x in result]
@@ -395,11 +391,11 @@ def _save_tensors(state: State, file: BinaryIO) -> None:
 
 
 def _parts(agent: Any) -> dict[str, Any]:
-    """What changes in an agent, by attribute: modules, optimizers and lists of generators."""
+    """What changes in an agent, by attribute: modules, descents and lists of generators."""
     parts: dict[int, tuple[str, Any]] = {}
     for name, value in vars(agent).items():
         streams = isinstance(value, list) and all(isinstance(g, torch.Generator) for g in value)
-        if streams or isinstance(value, nn.Module | Optimizer):
+        if streams or isinstance(value, nn.Module | Descent):
             parts.setdefault(id(value), (name, value))  # `policy` is another name
     return dict(parts.values())
 
@@ -415,8 +411,7 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
     for generator, position in zip(training.sampling, state["sampling"], strict=True):
         generator.set_state(position)
     if averages:
-        averages.bank.load_state_dict(state["averages"]["bank"])
-        averages.timeline.load_state_dict(state["averages"]["timeline"])
+        averages.load_state_dict(state["averages"])
     training.losses = {tag: x.to(training.device) for tag, x in state["losses"].items()}
     training.evaluations = {
         scheme: Evaluation(returns.numpy(), lengths.numpy())
@@ -429,8 +424,6 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
 
 def _require_fit(name: str, ours: Any, theirs: Any) -> None:
     """Raise ValueError where a saved value has not the form of the one it is to replace."""
-    if name.endswith("optimizer.state"):  # a new SGD has none yet
-        return
     if isinstance(ours, Tensor):
         fits = _form(ours) == _form(theirs)
     elif isinstance(ours, Mapping):

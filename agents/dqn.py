@@ -27,53 +27,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.guard import Guard
-from agents.limits import check
+from agents.agent import AgentConfig, Target, check
 from agents.networks import QNetwork
-from agents.optimizers import Name, take_step, value_optimizer
+from agents.optimizers import Descent
 from agents.pixels import PixelQNetwork
 from agents.replay import Batch
-from agents.seeding import Purpose, generators
-from agents.targets import Kind, target_networks
-from polyak_rl import flatten_
+from agents.seeding import Purpose, generators, uniform
+from agents.targets import target_networks
 
 
 @dataclass(frozen=True)
-class DQNConfig:
+class DQNConfig(AgentConfig):
     """Defaults of Stable-Baselines3's DQN, its target period restated in gradient steps."""
 
     learning_rate: float = 1e-4
-    """Adam's step size"""
-    optimizer: Name = "adam"
-    """of the Q network; polyak_sgd takes learning_rate as its largest step size"""
     batch_size: int = 32
-    """transitions in a gradient step"""
-    buffer_size: int = 1_000_000
-    """transitions kept"""
-    learning_starts: int = 100
-    """environment steps taken at random before the first gradient step"""
-    gamma: float = 0.99
-    """discount per environment step"""
-    target: Kind = "hard"
-    """what values are bootstrapped from; none: the online network itself"""
+    train_every: int = 4
+    hidden: tuple[int, ...] = (64, 64)
+    """units of each hidden layer; on images, of those behind the convolutions"""
+    target: Target = "hard"
+    tau: float = 1.0
     target_update_every: int = 2500
     """gradient steps between two copies of a hard target; a soft one moves at each"""
-    tau: float = 1.0
-    """weight of the online network in each update of a soft target, below 1 there"""
-    tau_end: float | None = None
-    """tau at the end of the run, which it goes to linearly; None: it stays"""
-    train_every: int = 4
-    """environment steps between two rounds of gradient steps"""
-    gradient_steps: int = 1
-    """gradient steps in a round"""
     epsilon_start: float = 1.0
     """share of random actions at step 0"""
     epsilon_end: float = 0.05
     """share of random actions once annealed"""
     exploration_fraction: float = 0.1
     """share of all environment steps over which epsilon is annealed"""
-    hidden: tuple[int, ...] = (64, 64)
-    """units of each hidden layer; on images, of those behind the convolutions"""
     max_grad_norm: float = 10.0
     """L2 norm to which a gradient is clipped"""
     double: bool = False
@@ -81,16 +62,7 @@ class DQNConfig:
 
 
 class DQN:
-    """S independent DQN agents, one per seed.
-
-    Args:
-        obs_dim: Size O of an observation; of a stack of images (frames, height, width).
-        action_dim: Number of actions.
-        config: Hyper-parameters.
-        seeds: One training seed per agent.
-        device: Where the networks live.
-        total_steps: Environment steps of the whole run, to which epsilon's schedule is tied.
-    """
+    """S independent DQN agents, one per seed; for the arguments see `agents.agent.Agent`."""
 
     def __init__(
         self,
@@ -110,14 +82,12 @@ class DQN:
         init = generators(Purpose.INIT, seeds)
         network: Any = PixelQNetwork if isinstance(obs_dim, tuple) else QNetwork
         self.q: QNetwork = network(obs_dim, action_dim, config.hidden, init).to(device)
-        self.flat = flatten_(self.q, members=len(seeds))
-        self.optimizer = value_optimizer(config.optimizer, self.flat, config.learning_rate)
+        self.descent = Descent(
+            {"q": self.q}, config.learning_rate, len(seeds), config.max_grad_norm
+        )
         self.targets = target_networks(config, {"q": self.q})
         self.q_target = self.targets.get("q", self.q)
-
-        self.guard = Guard(["q"], len(seeds), device)
         self.policy: nn.Module = self.q
-        self.optimizers = [self.optimizer]
 
     def epsilon(self, step: int) -> float:
         """Share of random actions at an environment step."""
@@ -138,14 +108,10 @@ class DQN:
         Two numbers are drawn for each action whether or not it is random, so that the stream's
         position depends on the number of actions alone.
         """
-        shape = (2, obs.shape[1])
-        coin, pick = torch.stack(
-            [torch.rand(shape, generator=g, device=obs.device) for g in self.exploration], dim=1
-        )
+        coin, pick = uniform(self.exploration, 2, obs.shape[1]).unbind(1)  # [S, n] each
         random = (pick * self.action_dim).long()
         return torch.where(coin < self.epsilon(step), random, self.q.act(obs))
 
-    @torch.no_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
         tags = self.learn(batch)
@@ -161,20 +127,16 @@ class DQN:
 
         # y = r + gamma max_a' Q^(s', a'), and r alone where s' is terminal
         # Double DQN: y = r + gamma Q^(s', argmax_a' Q(s', a'))
-        q_next = self.q_target(s_next)  # [S, B, actions]
-        if self.config.double:
-            q_next = q_next.gather(-1, self.q.act(s_next).unsqueeze(-1)).squeeze(-1)
-        else:
-            q_next = q_next.amax(-1)
-        y = r + self.config.gamma * (1 - terminated) * q_next  # [S, B]
+        with torch.no_grad():
+            q_next = self.q_target(s_next)  # [S, B, actions]
+            if self.config.double:
+                q_next = q_next.gather(-1, self.q.act(s_next).unsqueeze(-1)).squeeze(-1)
+            else:
+                q_next = q_next.amax(-1)
+            y = r + self.config.gamma * (1 - terminated) * q_next  # [S, B]
 
-        # L = mean Huber(y - Q(s, a)), whose slope in Q(s, a) is the error clipped to [-1, 1]
-        values, pullback = self.q.vjp(s)  # [S, B, actions]
-        a = a.long()  # [S, B, 1]
-        q = values.gather(-1, a).squeeze(-1)  # [S, B]
-        loss = F.smooth_l1_loss(q, y, reduction="none")
-        slope = (q - y).clamp_(-1, 1).div_(q.shape[1])
-        pullback(torch.zeros_like(values).scatter_(-1, a, slope.unsqueeze(-1)))
-        norm = self.flat.clip_grad_norm_(self.config.max_grad_norm)
-        take_step(self.optimizer, loss, self.guard.found_inf("q", norm))
-        return {"losses/td_loss": loss, "losses/q_values": q}
+        # L = mean Huber(y - Q(s, a))
+        q = self.q(s).gather(-1, a.long()).squeeze(-1)  # [S, B]
+        loss = F.smooth_l1_loss(q, y, reduction="none").mean(-1)  # [S]
+        self.descent.step("q", loss)
+        return {"losses/td_loss": loss.detach(), "losses/q_values": q.detach()}

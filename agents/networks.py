@@ -11,18 +11,18 @@ sizes are multiples of 4 and the weights lie in flat memory (`polyak_rl.flatten_
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from polyak_rl import flatten_
 
 LOG_STD_MIN = -20.0
 LOG_STD_MAX = 2.0
-
-Pullback = Callable[[Tensor], None]
 
 
 class Linear(nn.Module):
@@ -77,10 +77,6 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class MLP(nn.Sequential):
     """Linear layers with a ReLU between each two: x [M, B, in] -> [M, B, out].
 
-    With autograd it is an `nn.Sequential` like any other. `vjp` and `input_vjp` have its gradients
-    written out: contiguous, none that nobody asked for, and no record, which costs more than the
-    products of a small network.
-
     Args:
         sizes: Of the input, of each hidden layer and of the output.
         generators: One per member, for the first weights.
@@ -92,48 +88,75 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
         self._linear = linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The outputs; without a graph to record, past the modules' own overhead."""
-        if torch.is_grad_enabled():
-            y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
-            return y
-        return activations(x, self._weights())[-1]
+    def forward(self, x: Tensor, *, held: bool = False) -> Tensor:
+        """The outputs; where the weights are held, slopes pass through to x and not into them."""
+        weights: list[Tensor] = [p for one in self._linear for p in (one.weight, one.bias)]
+        if not torch.is_grad_enabled():
+            return activations(x, weights)[-1]
+        if held:
+            weights = [p.detach() for p in weights]
+        y: Tensor = Layers.apply(x, *weights)  # type: ignore[no-untyped-call]
+        return y
 
-    def vjp(self, x: Tensor) -> tuple[Tensor, Pullback]:
-        """The outputs, and a function that takes a loss's slopes in them to the weights' gradients.
 
-        Returns:
-            y [M, B, out] without a graph, and a function of dL/dy, of the same shape, that sets
-            `.grad` of each weight; what was there is overwritten.
-        """
-        *h, y = activations(x, self._weights())
+class Layers(torch.autograd.Function):
+    """The layers of an `MLP` as one node of autograd's graph, with the gradient written out.
 
-        def pullback(dy: Tensor) -> None:
-            # dL/dW_i = h_i^T dy_i,  dL/db_i = sum_B dy_i
-            for i in reversed(range(len(h))):
-                weight, bias = self._linear[i].weight, self._linear[i].bias
-                weight.grad = torch.bmm(h[i].mT, dy, out=weight.grad)
-                bias.grad = torch.sum(dy, 1, keepdim=True, out=bias.grad)
-                if i > 0:
-                    dy = relu_backward_(below(dy, weight.detach()), h[i])
+    Recorded layer by layer it costs more than the products of a small network. With h_0 = x, h_i
+    the output of hidden layer i, and dy_i the slopes behind layer i:
 
-        return y, pullback
+        dL/dW_i = h_i^T dy_i,  dL/db_i = sum_B dy_i,  dL/dh_i = dy_i W_i^T
+    """
 
-    def input_vjp(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The outputs, and a function that takes slopes in them to slopes in x [M, B, in]."""
-        weights = self._weights()
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        """The outputs; weight and bias of a layer by turns."""
         *h, y = activations(x, weights)
+        ctx.save_for_backward(*h, *weights[::2])
+        ctx.ids, ctx.strides = [id(weight) for weight in weights], y.stride()
+        return y
 
-        def pullback(dy: Tensor) -> Tensor:
-            for i in reversed(range(1, len(h))):
-                dy = relu_backward_(below(dy, weights[2 * i]), h[i])
-            return below(dy, weights[0])
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Slopes in x and in the weights; those that nobody asked for are None."""
+        layers = len(ctx.ids) // 2
+        h, weights = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+        into_x, *into_weights = ctx.needs_input_grad
+        if (
+            dy.shape[-1] > 1 and dy.stride() != ctx.strides
+        ):  # the order of the sums below depends on it
+            dy = dy.new_empty_strided(dy.shape, ctx.strides).copy_(dy)
+        slopes: list[Tensor | None] = [None] * len(ctx.ids)
+        for i in reversed(range(layers)):
+            if into_weights[2 * i]:
+                weight, bias = (_places.pop(ctx.ids[k], None) for k in (2 * i, 2 * i + 1))
+                slopes[2 * i] = torch.bmm(h[i].mT, dy, out=weight)
+                slopes[2 * i + 1] = torch.sum(dy, 1, keepdim=True, out=bias)
+            if i > 0:
+                dy = relu_backward_(below(dy, weights[i]), h[i])
+        return below(dy, weights[0]) if into_x else None, *slopes
 
-        return y, pullback
 
-    def _weights(self) -> list[Tensor]:
-        """Weight and bias of each layer, by turns, apart from any graph."""
-        return [p.detach() for layer in self._linear for p in (layer.weight, layer.bias)]
+_places: dict[int, Tensor] = {}  # where a weight's gradient is wanted, by the weight's id
+
+
+def set_gradients(loss: Tensor, weights: Sequence[nn.Parameter]) -> None:
+    """weight.grad <- dL/dweight, whatever was there; in the same memory where an `MLP` can do so.
+
+    Args:
+        loss: L, a number.
+        weights: Leaves of its graph.
+    """
+    # The first to come to a weight takes the place; who comes later finds none, and autograd adds.
+    _places.update((id(weight), weight.grad) for weight in weights if weight.grad is not None)
+    try:
+        gradients = torch.autograd.grad(loss, weights)
+    finally:
+        for weight in weights:
+            _places.pop(id(weight), None)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
 
 
 def activations(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -175,11 +198,6 @@ class QNetwork(nn.Module):
         q: Tensor = self.net(obs)
         return q
 
-    def vjp(self, obs: Tensor) -> tuple[Tensor, Pullback]:
-        """Values of all actions, and how their slopes reach the weights; see `MLP.vjp`."""
-        pulled: tuple[Tensor, Pullback] = self.net.vjp(obs)  # type: ignore[operator]
-        return pulled
-
     def act(self, obs: Tensor) -> Tensor:
         """The greedy actions [S, B], as integers."""
         q: Tensor = self.net(obs)
@@ -202,12 +220,6 @@ class DeterministicActor(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """The actions."""
         return torch.tanh(self.net(obs))
-
-    def vjp(self, obs: Tensor) -> tuple[Tensor, Pullback]:
-        """The actions, and how slopes in them reach the weights; see `MLP.vjp`."""
-        u, pullback = self.net.vjp(obs)
-        action = u.tanh_()
-        return action, lambda slopes: pullback(slopes * (1 - action.square()))
 
     def act(self, obs: Tensor) -> Tensor:
         """The actions [S, B, A]."""
@@ -254,43 +266,11 @@ class GaussianActor(nn.Module):
             Actions [S, B, A] and log densities [S, B].
         """
         mean, log_std = self(obs)
-        return squashed(mean, log_std, log_std.exp() * noise, noise)
-
-    def sample_vjp(
-        self, obs: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], None]]:
-        """What `sample` returns, and how slopes in both reach the weights; see `MLP.vjp`.
-
-        With a = tanh(u), u = mean + std noise: da/du = 1 - a^2, d log pi/du = 2 a, and besides
-        d log pi/d log std = -1.
-
-        Returns:
-            Actions, log densities, and a function of slopes in them, [S, B, A] and [S, B].
-        """
-        outputs, pullback = self.net.vjp(obs)
-        mean, log_std = outputs.chunk(2, dim=-1)
-        clamped = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-        deviation = clamped.exp() * noise
-        action, log_prob = squashed(mean, clamped, deviation, noise)
-
-        def to_weights(d_action: Tensor, d_log_prob: Tensor) -> None:
-            d_log_prob = d_log_prob.unsqueeze(-1)  # [S, B, 1]
-            du = d_action * (1 - action.square()) + 2 * d_log_prob * action
-            d_log_std = (du * deviation - d_log_prob) * (clamped == log_std)
-            pullback(torch.cat((du, d_log_std), dim=-1))
-
-        return action, log_prob, to_weights
-
-
-def squashed(
-    mean: Tensor, log_std: Tensor, deviation: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """tanh(mean + deviation) and its log density, as `GaussianActor.sample` says."""
-    u = mean + deviation
-    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    size = u.abs()
-    log_slope = 2 * (math.log(2) - size - torch.log1p(torch.exp(-2 * size)))
-    return torch.tanh(u), (log_normal - log_slope).sum(-1)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        size = u.abs()
+        log_slope = 2 * (math.log(2) - size - torch.log1p(torch.exp(-2 * size)))
+        return torch.tanh(u), (log_normal - log_slope).sum(-1)
 
 
 class Critic(nn.Module):
@@ -312,31 +292,13 @@ class Critic(nn.Module):
         self.net = MLP((obs_dim + action_dim, *hidden, 1), members)
         self.n = n
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Values of the given actions under every critic."""
-        q: Tensor = self.net(self._inputs(obs, action))
-        return q.view(-1, self.n, q.shape[1])
-
-    def vjp(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Pullback]:
-        """Values, and how their slopes [S, n, B] reach the weights; see `MLP.vjp`."""
-        q, pullback = self.net.vjp(self._inputs(obs, action))
-        return q.view(-1, self.n, q.shape[1]), lambda slopes: pullback(slopes.view_as(q))
-
-    def action_vjp(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Values, and a function that takes their slopes [S, n, B] to the action's [S, B, A]."""
-        q, pullback = self.net.input_vjp(self._inputs(obs, action))
-
-        def to_action(slopes: Tensor) -> Tensor:
-            dx = pullback(slopes.reshape(q.shape))[..., obs.shape[-1] :]  # [S * n, B, A]
-            return dx if self.n == 1 else dx.view(-1, self.n, *dx.shape[1:]).sum(1)
-
-        return q.view(-1, self.n, q.shape[1]), to_action
-
-    def _inputs(self, obs: Tensor, action: Tensor) -> Tensor:
+    def forward(self, obs: Tensor, action: Tensor, *, held: bool = False) -> Tensor:
+        """Values of the given actions under every critic; slopes do not reach held weights."""
         x = torch.cat((obs, action), dim=-1)  # [S, B, O + A]
-        if self.n == 1:
-            return x
-        return x.unsqueeze(1).expand(-1, self.n, -1, -1).flatten(0, 1)  # [S * n, B, O + A]
+        if self.n > 1:
+            x = x.unsqueeze(1).expand(-1, self.n, -1, -1).flatten(0, 1)  # [S * n, B, O + A]
+        q: Tensor = self.net(x, held=held)
+        return q.view(-1, self.n, q.shape[1])
 
 
 def stack_members(policy: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> nn.Module:

@@ -1,15 +1,75 @@
-"""Adam for flat networks, and the optimizer of the value networks by name."""
+"""Steps down a loss: networks in flat memory, each with its Adam."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-from polyak_rl import ASGD, Flat, FlatParameter, PolyakSGD
+from agents.networks import set_gradients
+from agents.nonfinite import GradientWatch
+from polyak_rl import FlatParameter, flatten_
 
-Name = Literal["adam", "sgd", "asgd", "polyak_sgd"]
+
+class Descent:
+    """The networks that an agent trains, each in flat memory and with an Adam of its own.
+
+    Args:
+        networks: By name.
+        learning_rate: Adam's step size, of all of them.
+        members: Number S of seeds; a network may have several members for each.
+        max_grad_norm: L2 norm to which each member's gradient is clipped; None: as it is.
+
+    Attributes:
+        optimizers: By the network's name.
+        watch: Notices gradients that are not finite; such a step is left out.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        learning_rate: float,
+        members: int,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.weights = {name: [*network.parameters()] for name, network in networks.items()}
+        self.flats = {
+            name: flatten_(network, members=len(self.weights[name][0]))
+            for name, network in networks.items()
+        }
+        self.optimizers = {
+            name: Adam(flat.parameters, lr=learning_rate) for name, flat in self.flats.items()
+        }
+        self.max_grad_norm = max_grad_norm
+        first = next(iter(self.weights.values()))[0]
+        self.watch = GradientWatch([*networks], members, first.device)
+
+    def step(self, name: str, loss: Tensor) -> None:
+        """theta <- Adam(theta, grad_theta L) for the weights theta of one network.
+
+        Whatever else the loss depends on stays as it is, its gradient too. The sum over seeds is
+        differentiated, of which each seed's weights see their own loss alone.
+
+        Args:
+            name: Whose weights.
+            loss: L of every seed [S].
+        """
+        flat = self.flats[name]
+        set_gradients(loss.sum(), self.weights[name])
+        if self.max_grad_norm is None:
+            norm = flat.grad_norm()
+        else:
+            norm = flat.clip_grad_norm_(self.max_grad_norm)
+        self.optimizers[name].step(self.watch.found_inf(name, norm))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizers' states by name."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
 
 
 class Adam(torch.optim.Adam):
@@ -80,46 +140,3 @@ class Adam(torch.optim.Adam):
     # microseconds, more than the kernel of a small network. So step hooks do not run, the one by
     # which `AverageBank.applied` refuses a step included.
     step.hooked = True  # type: ignore[attr-defined]
-
-
-def value_optimizer(name: Name, flat: Flat, learning_rate: float) -> Optimizer:
-    """An optimizer over a flat network.
-
-    Args:
-        name: "adam"; "sgd"; "asgd", averaged SGD; "polyak_sgd", whose step size is the loss over
-            the squared gradient norm, since a TD loss cannot fall below 0.
-        flat: The network.
-        learning_rate: The step size; for "polyak_sgd" the largest one.
-
-    Raises:
-        ValueError: There is no such optimizer.
-    """
-    parameters = flat.parameters
-    if name == "adam":
-        return Adam(parameters, lr=learning_rate)
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=learning_rate)
-    if name == "asgd":
-        return ASGD(parameters, lr=learning_rate)
-    if name != "polyak_sgd":
-        raise ValueError(f"optimizer must be adam, sgd, asgd or polyak_sgd, got {name!r}")
-    return PolyakSGD(parameters, max_stepsize=learning_rate)
-
-
-def take_step(optimizer: Optimizer, loss: Tensor, found_inf: Tensor) -> None:
-    """One step of an optimizer whose gradients are ready, or none where they are not finite.
-
-    Args:
-        optimizer: From :func:`value_optimizer`.
-        loss: The loss of those gradients, [S, ...]: Polyak's step size needs the sum of each seed's
-            mean.
-        found_inf: A 0-dim tensor, 1 where the gradient is not finite; see `agents.guard.Guard`.
-    """
-    if isinstance(optimizer, Adam):
-        optimizer.step(found_inf)
-    elif found_inf:  # read back: these optimizers take no such flag
-        return
-    elif isinstance(optimizer, PolyakSGD):
-        optimizer.step(loss=loss.flatten(1).mean(1).sum())
-    else:
-        optimizer.step()

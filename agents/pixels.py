@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from agents.networks import MLP, Pullback, QNetwork
+from agents.networks import MLP, QNetwork
 from agents.replay import Batch, Replay
 
 Shape = tuple[int, int, int]
@@ -107,17 +107,6 @@ class PixelQNetwork(QNetwork):
         features = 64 * math.prod(image)
         head = MLP((features, *hidden, action_dim), generators)
         self.net = nn.Sequential(*layers, nn.Flatten(2), head)
-
-    def vjp(self, obs: Tensor) -> tuple[Tensor, Pullback]:
-        """Values of all actions, and how their slopes reach the weights: by autograd."""
-        with torch.enable_grad():
-            values = self(obs)
-
-        def pullback(slopes: Tensor) -> None:
-            self.zero_grad()
-            values.backward(slopes)
-
-        return values.detach(), pullback
 
 
 class FrameReplay(Replay):

@@ -41,6 +41,9 @@ class Program:
             separately, as for each form of the tensors; returns names and tensors.
         build: Makes the recorded graph callable on CPU; Inductor unless given.
 
+    Attributes:
+        recorded: What stands for the function, by the form of its arguments.
+
     Raises:
         RuntimeError: At the first call: `step` draws random numbers, takes a tensor's value by
             `item()` or as a condition, or the compiler fails.
@@ -49,7 +52,7 @@ class Program:
     def __init__(self, step: Step, build: Build | None = None) -> None:
         self._step = step
         self._build = build or _inductor
-        self._recorded: dict[tuple[Any, ...], _Recorded] = {}
+        self.recorded: dict[tuple[Any, ...], _Recorded] = {}
 
     def __call__(self, *arguments: Any) -> dict[str, Tensor]:
         """What the function returns for these arguments."""
@@ -63,13 +66,13 @@ class Program:
             else:
                 key.append(argument)
         key += [(x.shape, x.stride(), x.dtype) for x in inputs]
-        recorded = self._recorded.get(tuple(key))
+        recorded = self.recorded.get(tuple(key))
         if recorded is None or not recorded.current():
             record = self._capture if inputs[0].is_cuda else self._trace
-            recorded = self._recorded[tuple(key)] = record(arguments, inputs)
+            recorded = self.recorded[tuple(key)] = record(arguments, inputs)
         return dict(zip(recorded.names, recorded.run(*inputs), strict=True))
 
-    @torch.no_grad()
+    @torch.enable_grad()  # what differentiates a loss is part of it
     def _trace(self, arguments: Sequence[Any], inputs: list[Tensor]) -> "_Recorded":
         """Record the operations as a graph of the inputs and of all memory that is touched."""
         rehearsal = _rehearse(self._step, arguments, inputs)
@@ -90,7 +93,7 @@ class Program:
         run = self._build(graph, [*memory, *inputs])
         return _Recorded(names, lambda *given: run(*memory, *given), rehearsal.places())
 
-    @torch.no_grad()
+    @torch.enable_grad()  # what differentiates a loss is part of it
     def _capture(self, arguments: Sequence[Any], inputs: list[Tensor]) -> "_Recorded":
         """Capture the kernels in a CUDA graph that reads the inputs from places of its own."""
         device = inputs[0].device  # not always the current one, on which a capture would be empty

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 class Purpose(IntEnum):
@@ -43,6 +44,16 @@ def generators(
         np.random.SeedSequence((purpose, seed)).generate_state(1, np.uint64) for seed in seeds
     ]
     return [torch.Generator(device).manual_seed(int(state[0])) for state in states]
+
+
+def normal(sources: Sequence[torch.Generator], *shape: int) -> Tensor:
+    """Standard normal draws [S, *shape], each seed's from its own generator and on its device."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in sources])
+
+
+def uniform(sources: Sequence[torch.Generator], *shape: int) -> Tensor:
+    """Draws [S, *shape] from [0, 1), each seed's from its own generator and on its device."""
+    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in sources])
 
 
 def episode_seed(seed: int, env_index: int, episode: int) -> int:

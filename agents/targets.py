@@ -1,17 +1,15 @@
 """What values are bootstrapped from: a soft target network, a hard one, or the network itself."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
 
 from torch import nn
 
+from agents.agent import AgentConfig
 from polyak_rl import TargetNetwork
-
-Kind = Literal["soft", "hard", "none"]
 
 
 def target_networks(
-    config: Any, online: Mapping[str, nn.Module], every: int = 1
+    config: AgentConfig, online: Mapping[str, nn.Module], every: int = 1
 ) -> dict[str, TargetNetwork]:
     """The target networks that a config asks for; `update()` each of them once per gradient step.
 
@@ -22,7 +20,7 @@ def target_networks(
     | "none" | theta itself: there is no copy |
 
     Args:
-        config: With `target`, `tau`, `tau_end` and `target_update_every`. The way from `tau` to
+        config: Its `target`, `tau`, `tau_end` and `target_update_every`. The way from `tau` to
             `tau_end` is the training loop's, which knows how long the run is.
         online: The networks theta by name.
         every: Gradient steps between two updates of a soft target (TD3's delay).

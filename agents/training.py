@@ -6,54 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from agents.agent import Agent, AgentConfig, check
+from agents.environments import autoreset_of, finite, interface, require_finite, vector_env
 from agents.evaluation import Evaluation, Evaluator
-from agents.guard import EnvironmentFault, Guard, NonFiniteError
-from agents.limits import check
 from agents.networks import stack_members
+from agents.nonfinite import NonFiniteError
 from agents.pixels import FrameReplay
 from agents.presets import ALGORITHMS
 from agents.program import Program, require_compiler
 from agents.replay import Batch, Replay
 from agents.seeding import Purpose, episode_seed, evaluation_seeds, generators
-from agents.spaces import interface, make_env
-from polyak_rl import TargetNetwork
 
 EPISODES_SHOWN = 10_000
 """Points in a curve of training episodes beyond which some are left out."""
-
-
-class Agent(Protocol):
-    """What the loop needs of an algorithm; every tensor begins with the seeds' dimension S."""
-
-    config: Any
-    policy: nn.Module
-    """acts, and is what averages are taken of"""
-    guard: Guard
-    """notices gradients that are not finite"""
-    optimizers: Sequence[torch.optim.Optimizer]
-    targets: dict[str, TargetNetwork]
-
-    def explore(self, obs: Tensor, step: int) -> Tensor:
-        """Actions of the behaviour policy at an environment step."""
-        ...
-
-    learn: Callable[..., dict[str, Tensor]]
-    """what of `update` can be one program"""
-
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step; tags with values [S, ...] on the device, shown by their means."""
-        ...
-
-    def charts(self, step: int) -> dict[str, float]:
-        """Tags of what the agent's schedules say at an environment step."""
-        ...
 
 
 class Log(Protocol):
@@ -81,7 +52,7 @@ class TrainConfig:
     n_envs: int = 1
     """environments side by side; each adds to the same count of steps"""
     eval_every: int | None = None
-    """environment steps between two evaluations; None: a twentieth of all"""
+    """environment steps between two evaluations; None: a twentieth of all; 0: there are none"""
     eval_episodes: int = 20
     """episodes in an evaluation"""
     lr_decay: Literal["constant", "linear"] = "constant"
@@ -97,68 +68,9 @@ class TrainConfig:
     device: str = "cpu"
     """where networks and replay buffer live, as torch names it"""
     compile: bool = False
-    """make the gradient step one program, for adam and a constant rate; its numbers are read once.
+    """make the gradient step one program, for a constant learning rate; its numbers are read once.
     On CPU it is compiled, by a C++ compiler in some ten seconds, each step the same to rounding; on
     CUDA it is a captured graph"""
-
-
-class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
-    """Gives every episode a seed of its own, so that any episode can be played again alone.
-
-    Raises:
-        EnvironmentFault: The environment raised, or returned an observation or a reward of another
-            shape; the message says which seed and step reproduce it.
-    """
-
-    def __init__(self, env: gym.Env[Any, Any], seed: int, env_index: int) -> None:
-        super().__init__(env)
-        self.seed = seed
-        self.env_index = env_index
-        self.episode = 0
-        self.reset_seed: int | None = None
-        self.steps = 0
-        self.before = ""  # `where` at the end of the episode before
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Begin the next episode, with its own seed unless one is given."""
-        if seed is None:
-            seed = episode_seed(self.seed, self.env_index, self.episode)
-        self.episode += 1
-        self.before = self.where()
-        self.reset_seed, self.steps = seed, 0
-        try:
-            obs, info = self.env.reset(seed=seed, options=options)
-        except Exception as error:
-            raise self._fault(f"raised {type(error).__name__} in reset: {error}") from error
-        self._check_shape("observation", obs, self.observation_space.shape)
-        return obs, info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step the environment; what goes wrong is named."""
-        self.steps += 1
-        try:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as error:
-            raise self._fault(f"raised {type(error).__name__} in step: {error}") from error
-        self._check_shape("observation", obs, self.observation_space.shape)
-        self._check_shape("reward", reward, ())
-        return obs, reward, terminated, truncated, info
-
-    def where(self) -> str:
-        """What plays the episode again up to now."""
-        return (
-            f"environment {self.env_index} of seed {self.seed}, step {self.steps} of the episode "
-            f"that reset(seed={self.reset_seed}) begins"
-        )
-
-    def _check_shape(self, what: str, value: Any, shape: tuple[int, ...] | None) -> None:
-        if np.shape(value) != shape:
-            raise self._fault(f"returned {what} of shape {np.shape(value)}, not {shape}")
-
-    def _fault(self, what: str) -> EnvironmentFault:
-        return EnvironmentFault(f"the environment {what} ({self.where()})")
 
 
 def crossings(before: int, after: int, every: int) -> int:
@@ -190,7 +102,8 @@ class Training:
         step: Environment steps taken, per seed.
         updates: Gradient steps taken.
         recorders: Called after every gradient step; averages of the policy's weights go here.
-        schemes: Name -> function that returns policy weights; each is evaluated. "last" is there.
+        schemes: Name -> function that returns policy weights, which are evaluated, or None where
+            there are none yet. "last" is there.
         diagnostics: Functions that return tags with values [S], called for a log line.
         stopping: Set it to end `run` after the step under way.
         skipped: Transitions and gradient steps that were left out, with `on_nonfinite="skip"`.
@@ -206,7 +119,7 @@ class Training:
     def __init__(
         self,
         algo: str,
-        agent_config: Any,
+        agent_config: AgentConfig,
         config: TrainConfig,
         seeds: Sequence[int] = (1,),
         logs: Sequence[Log] = (),
@@ -218,8 +131,6 @@ class Training:
         self.seeds = tuple(seeds)
         self.logs = tuple(logs)
         _check_seeds(self.seeds, self.logs, envs is not None)
-        if agent_config.optimizer == "polyak_sgd" and len(self.seeds) > 1:
-            raise ValueError("polyak_sgd trains one seed: several would share one step size")
         if agent_config.buffer_size < config.n_envs:
             raise ValueError(
                 f"buffer_size must be at least n_envs = {config.n_envs}, "
@@ -229,13 +140,12 @@ class Training:
             raise ValueError("on_nonfinite skip trains one seed: several would skip together")
         self.device = torch.device(config.device)
         if config.compile:
-            _check_compile(config, agent_config, self.device)
-        self.envs = _vector_env(config, self.seeds) if envs is None else envs
-        self.autoreset = self.envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+            _check_compile(config, self.device)
+        self.envs = vector_env(config.env_id, self.seeds, config.n_envs) if envs is None else envs
+        self.autoreset = autoreset_of(self.envs, len(self.seeds) * config.n_envs)
         self.interface = interface(
             self.envs.single_observation_space, self.envs.single_action_space, algo
         )
-        _check_vector_env(self.envs, self.autoreset, len(self.seeds) * config.n_envs)
 
         obs_dim, action_dim = self.interface.obs_dim, self.interface.action_dim
         if config.compile and isinstance(obs_dim, tuple):
@@ -254,15 +164,16 @@ class Training:
             members=len(self.seeds),
             device=self.device,
         )
-        self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.optimizers]
+        self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.descent.optimizers.values()]
         self.sampling = generators(Purpose.REPLAY, self.seeds, self.device)
 
         self.evaluator = Evaluator(config.env_id, self.interface, self.device)
-        self.eval_every = config.eval_every or max(1, config.total_steps // 20)
+        twentieth = max(1, config.total_steps // 20)
+        self.eval_every = twentieth if config.eval_every is None else config.eval_every
         self.eval_seeds = np.stack(
             [evaluation_seeds(config.env_id, seed, config.eval_episodes) for seed in self.seeds]
         )
-        self.schemes: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+        self.schemes: dict[str, Callable[[], Mapping[str, Tensor] | None]] = {
             "last": lambda: dict(self.agent.policy.named_parameters())
         }
         self.recorders: list[Callable[[], None]] = []
@@ -293,7 +204,7 @@ class Training:
             self.advance()
             on_step()
         self.require_finite()
-        if self.evaluated_at < self.step >= self.config.total_steps:
+        if self.eval_every and self.evaluated_at < self.step >= self.config.total_steps:
             self.evaluate()
 
     def advance(self) -> None:
@@ -308,7 +219,7 @@ class Training:
                 self.gradient_step(batch)
         if self.logs and crossings(before, self.step, self.config.log_every):
             self._log_diagnostics()
-        if crossings(before, self.step, self.eval_every):
+        if self.eval_every and crossings(before, self.step, self.eval_every):
             self.evaluate()
 
     def gradient_step(self, batch: Batch) -> None:
@@ -319,10 +230,10 @@ class Training:
         if self.agent.config.tau_end is not None:
             for target in self.agent.targets.values():
                 target.tau = self._tau()
-        if self.agent.guard.full:
+        if self.agent.descent.watch.full:
             self.require_finite()
         self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays
-        self.agent.guard.count(self.step)
+        self.agent.descent.watch.count(self.step)
         self.updates += 1
         for record in self.recorders:
             record()
@@ -333,8 +244,8 @@ class Training:
         Raises:
             NonFiniteError: A gradient was not finite, and `on_nonfinite` is "stop".
         """
-        first_update = self.updates - len(self.agent.guard.env_steps) + 1
-        bad = self.agent.guard.read()
+        first_update = self.updates - len(self.agent.descent.watch.env_steps) + 1
+        bad = self.agent.descent.watch.read()
         if bad and self.config.on_nonfinite == "stop":
             raise NonFiniteError(
                 f"the gradient of {bad[0].network} of seed {self.seeds[bad[0].member]} was not "
@@ -345,7 +256,8 @@ class Training:
 
     def evaluate(self) -> None:
         """Play the evaluation episodes with the policy of every scheme."""
-        states = {scheme: weights() for scheme, weights in self.schemes.items()}
+        weights = {scheme: give() for scheme, give in self.schemes.items()}
+        states = {scheme: state for scheme, state in weights.items() if state is not None}
         self.evaluations = self.play(states, self.eval_seeds)
         for scheme, (returns, lengths) in self.evaluations.items():
             for member, log in enumerate(self.logs):
@@ -390,7 +302,7 @@ class Training:
     def _interact(self) -> None:
         obs, skip = self.obs, self.config.on_nonfinite == "skip"
         if self.step == 0 and not skip:
-            self._require_finite(obs, np.zeros(len(self.ended)), self.ended)
+            require_finite(self.envs, 0, obs, obs, np.zeros(len(self.ended)), self.ended)
         seen = np.nan_to_num(obs, posinf=0, neginf=0) if skip else obs
         action = self.agent.explore(torch.from_numpy(seen).to(self.device), self.step).cpu().numpy()
         observed, reward, terminated, truncated, info = self.envs.step(
@@ -409,11 +321,11 @@ class Training:
 
         stored = real
         if skip:
-            stored = real & _finite(obs) & _finite(next_obs) & np.isfinite(reward)
+            stored = real & finite(obs) & finite(next_obs) & np.isfinite(reward)
             self.skipped += int((real & ~stored).sum())
             reward = np.nan_to_num(reward, posinf=0, neginf=0)
         else:
-            self._require_finite(next_obs, reward, ended)
+            require_finite(self.envs, self.step, self.obs, next_obs, reward, ended)
         if stored.any():
             kept: Any = slice(None) if stored.all() else stored  # else of one seed
             by_seed = action.shape[:2]
@@ -430,30 +342,6 @@ class Training:
         self.ended = ended
         if ended.any():
             self._finish_episodes()
-
-    def _require_finite(
-        self, next_obs: NDArray[Any], reward: NDArray[np.float64], ended: NDArray[np.bool_]
-    ) -> None:
-        """Raise NonFiniteError if what the environments returned is not finite."""
-        looks = [
-            ("a reward", np.isfinite(reward), True),
-            ("an observation", _finite(next_obs), True),
-        ]
-        if next_obs is not self.obs:
-            looks += [("the first observation of an episode", _finite(self.obs), False)]
-        for what, finite, before_reset in looks:
-            for i in np.flatnonzero(~finite):
-                raise NonFiniteError(
-                    f"{what} is not finite after {self.step} environment steps: "
-                    f"{self._where(int(i), before_reset and bool(ended[i]))}"
-                )
-
-    def _where(self, i: int, before_reset: bool) -> str:
-        """What plays the episode of environment number i again, or the one before its reset."""
-        env = self.envs.envs[i] if isinstance(self.envs, SyncVectorEnv) else None
-        if not isinstance(env, EpisodeSeeds):
-            return f"environment {i}"
-        return env.before if before_reset else env.where()
 
     def _finish_episodes(self) -> None:
         for i in np.flatnonzero(self.ended):
@@ -498,7 +386,8 @@ class Training:
         """The weight in the next update of a soft target: on a line from `tau` to `tau_end`."""
         c = self.agent.config
         progress = self.updates / max(1, self.total_updates)
-        return float(c.tau + progress * (c.tau_end - c.tau))
+        end = c.tau if c.tau_end is None else c.tau_end
+        return c.tau + progress * (end - c.tau)
 
     def _log_diagnostics(self) -> None:
         step, now = self.logged_at
@@ -537,25 +426,6 @@ class Training:
         return obs.reshape(len(self.seeds), self.config.n_envs, *self.interface.obs_shape)
 
 
-def _vector_env(config: TrainConfig, seeds: Sequence[int]) -> SyncVectorEnv:
-    def build(seed: int, env_index: int) -> Callable[[], gym.Env[Any, Any]]:
-        return lambda: EpisodeSeeds(make_env(config.env_id), seed, env_index)
-
-    return SyncVectorEnv(
-        [build(seed, i) for seed in seeds for i in range(config.n_envs)],
-        autoreset_mode=AutoresetMode.SAME_STEP,
-    )
-
-
-def _finite(obs: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of the observations [S, n_envs, ...] are finite, [S * n_envs]; images always are."""
-    n = obs.shape[0] * obs.shape[1]
-    if obs.dtype == np.uint8:
-        return np.ones(n, dtype=bool)
-    finite: NDArray[np.bool_] = np.isfinite(obs.reshape(n, -1)).all(1)
-    return finite
-
-
 def _check_seeds(seeds: tuple[int, ...], logs: tuple[Log, ...], own_envs: bool) -> None:
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more different integers from 0 up, got {seeds}")
@@ -565,17 +435,8 @@ def _check_seeds(seeds: tuple[int, ...], logs: tuple[Log, ...], own_envs: bool) 
         raise ValueError(f"a vector environment of your own trains one seed, got {len(seeds)}")
 
 
-def _check_compile(config: TrainConfig, agent_config: Any, device: torch.device) -> None:
-    if agent_config.optimizer != "adam":
-        raise ValueError(f"compile needs the optimizer adam, got {agent_config.optimizer!r}")
+def _check_compile(config: TrainConfig, device: torch.device) -> None:
     if config.lr_decay != "constant":
         raise ValueError(f"compile needs a constant learning rate, got {config.lr_decay!r}")
     if device.type == "cpu":
         require_compiler()
-
-
-def _check_vector_env(envs: VectorEnv[Any, Any, Any], mode: Any, expected: int) -> None:
-    if envs.num_envs != expected:
-        raise ValueError(f"the vector environment must hold {expected}, got {envs.num_envs}")
-    if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-        raise ValueError(f"the vector environment must reset by itself, got {mode}")

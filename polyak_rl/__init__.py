@@ -3,6 +3,7 @@
 from polyak_rl.average import AverageBank, refresh_batch_norm
 from polyak_rl.flat import Flat, FlatParameter, flatten_
 from polyak_rl.optim import ASGD, PolyakSGD, polyak_stepsize
+from polyak_rl.recorder import PolicyAverages
 from polyak_rl.rules import (
     Between,
     Ema,
@@ -27,6 +28,7 @@ __all__ = [
     "Flat",
     "FlatParameter",
     "Hard",
+    "PolicyAverages",
     "PolyakSGD",
     "PolyakSGDSolver",
     "Polynomial",

@@ -134,11 +134,7 @@ class AverageBank(Averages[str]):
         """One average as a float64 vector (float32 if compensated) in the layout of the network."""
         self._require(name)
         if self.clock < self.every:
-            now = torch.empty(
-                self._vector.size, dtype=self._vector.dtype, device=self._vector.device
-            )
-            self._vector.read(now.zero_(), self._vector.views(now))
-            return now
+            return self._vector.now()
         if name in self._windows:
             window, k = self._windows[name], self.clock // self.every
             filled = min(self._fired(window, k), window.size)

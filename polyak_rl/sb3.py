@@ -45,6 +45,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from polyak_rl.average import AverageBank
+from polyak_rl.files import write_whole
 from polyak_rl.pairing import unwrap, walk
 from polyak_rl.rules import Ema, Rule, Stretch, Tail, Uniform, describe_rule, rule_from
 from polyak_rl.target import soft_update
@@ -297,12 +298,8 @@ class PolyakAveragingCallback(BaseCallback):
             "options": self._options,
             "averages": self.averages.state_dict(),
         }
-        partial = Path(f"{os.fspath(path)}.partial")
-        with partial.open("wb") as file:
+        with write_whole(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: BaseAlgorithm) -> PolyakAveragingCallback:

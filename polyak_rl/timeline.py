@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from polyak_rl.files import write_whole
 from polyak_rl.guard import Guard, all_finite, check_guard
 from polyak_rl.plan import Buffers
 from polyak_rl.rules import Ema, Rule, require_int
@@ -238,12 +237,8 @@ class Timeline(Averages[Rule]):
             path: the file.
             dtype: of the segments on disk; float32 halves the file.
         """
-        partial = Path(f"{os.fspath(path)}.partial")
-        with partial.open("wb") as file:
+        with write_whole(path) as file:
             torch.save(self.state_dict(dtype=dtype), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], like: nn.Module, **options: Any) -> Timeline:
@@ -258,12 +253,7 @@ class Timeline(Averages[Rule]):
         Raises:
             ValueError: the file is no timeline, is damaged, or is of another network.
         """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a timeline: {error}") from error
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise ValueError(f"{os.fspath(path)} is not a timeline of format {_FORMAT!r}")
+        state = read_state(path, _FORMAT, "a timeline")
         shape = {name: state[name] for name in ("capacity", "expected", "every")}
         timeline = cls(like, **shape, **options)
         timeline.load_state_dict(state)
@@ -355,6 +345,25 @@ class Timeline(Averages[Rule]):
             self._means, self._sum = self._means.to(device), self._sum.to(device)
             self._now = self._now.to(device)
             self._views = self._vector.views(self._now)
+
+
+def read_state(path: str | os.PathLike[str], format: str, what: str) -> dict[str, Any]:
+    """The state of a format that a file holds, read as data: a pickle with code in it is refused.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else, or is damaged.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no such file raise anything
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"{os.fspath(path)} is not {what}: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != format:
+        raise ValueError(f"{os.fspath(path)} is not {what} of format {format!r}")
+    return state
 
 
 def _first_above(rule: Rule, mean: float, low: int, high: int, k: int, every: int) -> int:

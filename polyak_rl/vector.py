@@ -79,6 +79,12 @@ class WeightVector:
         else:
             torch._foreach_copy_(views, self._tensors)
 
+    def now(self) -> Tensor:
+        """The network as a new vector."""
+        now = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        self.read(now, self.views(now))
+        return now
+
     def clone(self) -> list[Tensor]:
         """The network's own tensors, copied."""
         return [tensor.clone() for tensor in self._tensors]

@@ -31,7 +31,7 @@ import tyro
 from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
-from agents.averaging import PolicyAverages, default_rules
+from agents.averaging import default_rules, record_policy
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.presets import preset
@@ -421,7 +421,7 @@ def averaging(bench: Bench, options: Options) -> None:
     training = filled_training("sac", "HalfCheetah-v5", SACConfig(), bench.device)
     recorders: dict[str, list[Callable[[], None]]] = {PLAIN: []}
     for name, rules in ((DEFAULT, default_rules), (TWELVE, twelve_rules)):
-        PolicyAverages(training, rules(training.total_updates))
+        record_policy(training, rules(training.total_updates))
         recorders[name], training.recorders = training.recorders, []
     # All contenders train one agent, so that they differ in the averages alone.
     calls = {name: [partial(learn, training), *records] for name, records in recorders.items()}
@@ -453,7 +453,7 @@ def memory(bench: Bench, options: Options) -> None:
     policy = training.agent.policy
     bench.value("parameters of SAC's actor", sum(p.nbytes for p in policy.parameters()), "bytes")
     for name, rules in ((DEFAULT, default_rules), (TWELVE, twelve_rules)):
-        kept = PolicyAverages(training, rules(training.total_updates))
+        kept = record_policy(training, rules(training.total_updates))
         bench.value(f"bank, {name}", held(kept.bank, without=policy), "bytes")
     bench.value("timeline of 256 segments", held(kept.timeline, without=policy), "bytes")
     bench.value("a transition in the replay buffer", training.replay.rows.nbytes / ROWS, "bytes")

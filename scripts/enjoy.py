@@ -14,8 +14,9 @@ import tyro
 from gymnasium.wrappers import RecordVideo
 from torch import nn
 
+from agents import evaluation
+from agents.environments import Interface, interface, make_env
 from agents.presets import ALGORITHMS
-from agents.spaces import Interface, interface, make_env
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,6 @@ def drawn_env(env_id: str, mode: str) -> gym.Env[Any, Any]:
     return env
 
 
-@torch.inference_mode()
 def play(
     policy: nn.Module, env: gym.Env[Any, Any], algo: str, seeds: Iterable[int]
 ) -> Iterable[tuple[float, int]]:
@@ -131,17 +131,8 @@ def play(
     """
     spaces = _interface(env, algo)
     for seed in seeds:
-        obs, _ = env.reset(seed=seed)
-        total, length, ended = 0.0, 0, False
-        while not ended:
-            obs = np.asarray(obs, spaces.obs_dtype)
-            batch = torch.from_numpy(obs).view(1, 1, *spaces.obs_shape)
-            action = policy.act(batch)[0, 0].numpy()  # type: ignore[operator]
-            obs, reward, terminated, truncated, _ = env.step(spaces.to_env(action))
-            total += float(reward)
-            length += 1
-            ended = terminated or truncated
-        yield total, length
+        played = evaluation.play(policy, [env], spaces, np.array([[seed]]))
+        yield played.returns.item(), played.lengths.item()
 
 
 def _interface(env: gym.Env[Any, Any], algo: str) -> Interface:

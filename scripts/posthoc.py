@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from agents.environments import interface, make_env
 from agents.evaluation import Evaluator
 from agents.networks import stack_members
 from agents.seeding import Purpose, evaluation_seeds
-from agents.spaces import interface, make_env
 from polyak_rl import Timeline, parse_rule
 from scripts.enjoy import load_policy
 

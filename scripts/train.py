@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import shutil
 import signal
 import sys
@@ -32,17 +31,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from tyro.conf import OmitArgPrefixes, subcommand
 
-from agents.averaging import PolicyAverages, default_rules
+from agents.averaging import default_rules, evaluate_averages, record_policy
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.guard import EnvironmentFault, NonFiniteError
-from agents.memory import keep_freed_memory
+from agents.environments import EnvironmentFault
+from agents.malloc import keep_freed_memory
 from agents.networks import select_member, stack_members
+from agents.nonfinite import NonFiniteError
 from agents.presets import ALGORITHMS, preset
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
+from polyak_rl import PolicyAverages
 from scripts.enjoy import drawn_env, open_env, play
 from scripts.experiment.run_folder import RunFolder, new_run_folder
 
@@ -269,14 +270,9 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
     training = Training(algo, options.agent, options.run, chosen_seeds(options))
     if not options.averages:
         return training, None
-    segments = options.segments
-    if segments is None:
-        weights = sum(p.numel() for p in training.agent.policy.parameters()) // len(training.seeds)
-        segments = max(2, min(256, 2**29 // (16 * weights) * 2))  # even, of float64
-    averages = PolicyAverages(training, default_rules(training.total_updates), segments)
-    for name in averages.bank.rules:
-        training.schemes[name] = functools.partial(averages.average, name)
-    training.diagnostics.append(averages.distances)
+    rules = default_rules(training.total_updates)
+    averages = record_policy(training, rules, options.segments)
+    evaluate_averages(training, averages)
     return training, averages
 
 
@@ -397,7 +393,7 @@ def keep(
 ) -> None:
     """Write a seed's last policy and timeline to its folder."""
     folder.finish(member_policy(training, member).state_dict(), completed=completed)
-    if averages and averages.timeline.updates:
+    if averages and averages.timeline and averages.timeline.updates:
         policy = member_policy(training, member)
         timeline = averages.timeline.member(member, like=policy)
         timeline.save(folder.path / "timeline.pt", dtype=torch.float32)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.averaging import PolicyAverages, default_rules
+from agents.averaging import default_rules, evaluate_averages, record_policy
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.sac import SACConfig
@@ -25,11 +25,11 @@ def training(agent, steps=400, seeds=(1,)):
 @AGENTS
 def test_training_with_averages_is_the_same_bit_for_bit(agent):
     plain, averaged = training(agent), training(agent)
-    averages = PolicyAverages(averaged, default_rules(averaged.total_updates))
-    averaged.schemes["ema1"] = lambda: averages.average("ema1")
+    averages = record_policy(averaged, default_rules(averaged.total_updates))
+    evaluate_averages(averaged, averages)
     for each in (plain, averaged):
         each.run()
-    assert averages.bank.clock == averages.timeline.clock == averaged.updates > 0
+    assert averages.clock == averaged.updates > 0
     for ours, theirs in zip(
         plain.agent.policy.parameters(), averaged.agent.policy.parameters(), strict=True
     ):
@@ -46,22 +46,22 @@ def test_training_with_averages_is_the_same_bit_for_bit(agent):
 def test_it_averages_what_acts(agent):
     """DQN: the Q network; DDPG and SAC: the actor. Not the critic, not the temperature."""
     run = training(agent)
-    averages = PolicyAverages(run, default_rules(run.total_updates))
+    averages = record_policy(run, default_rules(run.total_updates))
     acts = {"dqn": "q", "ddpg": "actor", "sac": "actor"}[agent[0]]
     expected = {name for name, _ in getattr(run.agent, acts).named_parameters()}
-    assert averages.average("uniform50").keys() == expected
+    assert averages.average("tail50").keys() == expected
 
 
 @AGENTS
 def test_an_average_of_a_real_run_equals_the_mean_of_its_iterates(agent):
     run = training(agent)
-    averages = PolicyAverages(run, default_rules(run.total_updates))
+    averages = record_policy(run, default_rules(run.total_updates))
     iterates = []
     run.recorders.append(lambda: iterates.append(averages.last()))
     run.run()
     assert len(iterates) == run.total_updates
-    half = iterates[len(iterates) // 2 :]
-    for name, tensor in averages.average("uniform50").items():
+    half = iterates[-(-len(iterates) // 2) :]
+    for name, tensor in averages.average("tail50").items():
         mean = torch.stack([iterate[name].double() for iterate in half]).mean(0)
         torch.testing.assert_close(tensor, mean, rtol=1e-12, atol=1e-14)
     everything = averages.average(Uniform())
@@ -73,7 +73,7 @@ def test_an_average_of_a_real_run_equals_the_mean_of_its_iterates(agent):
 def test_averages_are_of_nothing_but_trained_iterates():
     """Before learning starts an average is the policy as it is; then the old weights are out."""
     run = training(DQN)
-    averages = PolicyAverages(run, {"all": Uniform()})
+    averages = record_policy(run, {"all": Uniform()})
     before = averages.last()
     for name, tensor in averages.average("all").items():
         assert torch.equal(tensor, before[name])
@@ -86,10 +86,10 @@ def test_averages_are_of_nothing_but_trained_iterates():
 
 def test_a_seed_has_the_same_averages_alone_and_beside_others():
     together = training(DDPG, seeds=(1, 2, 3))
-    both = PolicyAverages(together, default_rules(together.total_updates))
+    both = record_policy(together, default_rules(together.total_updates))
     together.run()
     alone = training(DDPG, seeds=(2,))
-    single = PolicyAverages(alone, default_rules(alone.total_updates))
+    single = record_policy(alone, default_rules(alone.total_updates))
     alone.run()
     for which in ("ema1", Tail(0.25)):
         ours, theirs = both.average(which), single.average(which)
@@ -99,8 +99,8 @@ def test_a_seed_has_the_same_averages_alone_and_beside_others():
     assert timeline.weights(Tail(0.25)) == single.timeline.weights(Tail(0.25))
     for name, tensor in timeline.average(Tail(0.25)).items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-12, atol=1e-14)
-    for tag, value in both.distances().items():
-        torch.testing.assert_close(value[1:2], single.distances()[tag])
+    for name, value in both.distances(members=3).items():
+        torch.testing.assert_close(value[1:2], single.distances()[name])
 
 
 def test_posthoc_evaluates_rules_on_common_episodes(tmp_path, capsys):

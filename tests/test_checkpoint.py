@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from agents.averaging import PolicyAverages
+from agents.averaging import record_policy
 from agents.checkpoint import Checkpoints, newest, restore, training_state, write_whole
 from agents.dqn import DQNConfig
 from agents.training import TrainConfig, Training
 from polyak_rl import Uniform
 
 AGENT = DQNConfig(hidden=(8,), batch_size=8, learning_starts=10, buffer_size=64)
-CONFIG = TrainConfig("CartPole-v1", 400, eval_every=10**6)
+CONFIG = TrainConfig("CartPole-v1", 400, eval_every=0)
 
 
 def new(agent=AGENT, config=CONFIG, seeds=(1,)):
     training = Training("dqn", agent, config, seeds)
-    return training, PolicyAverages(training, {"uniform": Uniform()}, capacity=20)
+    return training, record_policy(training, {"uniform": Uniform()}, capacity=20)
 
 
 def advance(training, step):
@@ -210,7 +210,7 @@ def test_damage_is_found_before_anything_is_parsed(folder, monkeypatch):
 
 def test_an_unknown_schema_is_refused_and_no_older_checkpoint_taken_instead(folder):
     sign(folder, schema=9)
-    with pytest.raises(ValueError, match="has schema 9; this program reads schema 3"):
+    with pytest.raises(ValueError, match="has schema 9; this program reads schema 5"):
         newest(folder)
 
 
@@ -238,7 +238,7 @@ def test_a_pickle_that_runs_code_is_never_run(folder, tmp_path, writer):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"null", b"\xff", b"{", b'{"schema": 3}', b"[" * 9999]
+    "body", [b"", b"[]", b"null", b"\xff", b"{", b'{"schema": 5}', b"[" * 9999]
 )
 def test_a_manifest_that_was_made_up_gives_way_to_the_checkpoint_before(folder, body):
     line = hashlib.sha256(body).hexdigest().encode()

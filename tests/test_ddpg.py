@@ -81,7 +81,7 @@ def test_the_actors_loss_gives_the_critic_no_gradient():
     agent = make()
     transitions = batch()
     agent.update(transitions)
-    held = agent.critic_flat.parameters[0].grad.clone()
+    held = agent.descent.flats["critic"].parameters[0].grad.clone()
 
     # the critic's own gradient at the same point, without any actor's loss
     other = make()
@@ -90,7 +90,9 @@ def test_the_actors_loss_gives_the_critic_no_gradient():
         q_next = other.critic_target(s_next, other.actor_target(s_next)).squeeze(1)
         y = r + 0.99 * (1 - terminated) * q_next
     F.mse_loss(other.critic(s, a).squeeze(1), y).backward()
-    torch.testing.assert_close(held, other.critic_flat.parameters[0].grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        held, other.descent.flats["critic"].parameters[0].grad, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_exploration_is_gaussian_around_the_actor_and_clipped_to_the_range():
@@ -118,7 +120,7 @@ def test_targets_are_frozen_and_in_no_optimizer():
     agent = make()
     optimized = {
         p.data_ptr()
-        for optimizer in (agent.actor_optimizer, agent.critic_optimizer)
+        for optimizer in agent.descent.optimizers.values()
         for group in optimizer.param_groups
         for p in group["params"]
     }

@@ -121,15 +121,19 @@ def test_each_seeds_gradient_is_clipped_on_its_own():
     calm, wild = batch(1), batch(1)
     wild = wild._replace(reward=wild.reward * 1e4)
     agent.update(Batch(*(torch.cat(fields) for fields in zip(calm, wild, strict=True))))
-    norms = torch.linalg.vector_norm(agent.flat.parameters[0].grad, dim=-1)
+    norms = torch.linalg.vector_norm(agent.descent.flats["q"].parameters[0].grad, dim=-1)
     torch.testing.assert_close(norms, torch.full((2,), 1e-3), rtol=1e-2, atol=0)
 
 
 def test_targets_are_frozen_and_in_no_optimizer():
     agent = make()
     assert not any(p.requires_grad for p in agent.q_target.parameters())
-    optimized = {p.data_ptr() for group in agent.optimizer.param_groups for p in group["params"]}
-    assert optimized == {p.data_ptr() for p in agent.flat.parameters}
+    optimized = {
+        p.data_ptr()
+        for group in agent.descent.optimizers["q"].param_groups
+        for p in group["params"]
+    }
+    assert optimized == {p.data_ptr() for p in agent.descent.flats["q"].parameters}
     assert not optimized & {p.data_ptr() for p in agent.q_target.parameters()}
 
 

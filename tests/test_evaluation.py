@@ -4,10 +4,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from agents.environments import interface
 from agents.evaluation import Evaluator
 from agents.networks import QNetwork, stack_members
 from agents.seeding import Purpose, evaluation_seeds, generators
-from agents.spaces import interface
 
 ENV = "test/Lengthy-v0"
 

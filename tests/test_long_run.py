@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from agents.averaging import PolicyAverages, default_rules
+from agents.averaging import default_rules, record_policy
 from agents.checkpoint import Checkpoints
 from agents.dqn import DQNConfig
 from agents.training import TrainConfig, Training
@@ -53,7 +53,7 @@ def run(path, steps, checks):
     config = TrainConfig("test/Short-v0", steps, eval_every=steps // 20, eval_episodes=5)
     agent = DQNConfig(hidden=(8,), batch_size=8, buffer_size=1000, train_every=16)
     training = Training("dqn", agent, config)
-    averages = PolicyAverages(training, default_rules(training.total_updates), 32)
+    averages = record_policy(training, default_rules(training.total_updates), 32)
     folder = RunFolder(path, "dqn", 1, config, agent)
     training.logs = (folder,)
     checkpoints, seen = Checkpoints(path / "checkpoint", training, averages), {}

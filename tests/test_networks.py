@@ -12,6 +12,7 @@ from agents.networks import (
     Linear,
     QNetwork,
     select_member,
+    set_gradients,
     stack_members,
 )
 from agents.seeding import Purpose, generators
@@ -33,54 +34,68 @@ def test_a_linear_layer_is_each_members_own_affine_map(outputs, rows):
     torch.testing.assert_close(layer(x).double(), oracle, rtol=1e-5, atol=1e-6)
 
 
+def layer_by_layer(net, x):
+    """What an MLP computes, as autograd records it by itself."""
+    for layer in net:
+        x = layer(x.clone())
+    return x
+
+
 @pytest.mark.parametrize("sizes", [(3, 1), (5, 8, 2), (4, 16, 12, 1), (3, 64, 64, 6)])
 @pytest.mark.parametrize("flat", [False, True])
-def test_the_vjp_sets_the_gradients_that_backward_adds(sizes, flat):
+def test_the_gradients_of_an_mlp_are_those_of_its_layers(sizes, flat):
     net = MLP(sizes, gens(0, 1)).double()
     if flat:
         flatten_(net, members=2)
-    x = torch.randn(2, 7, sizes[0], generator=gens(9)[0], dtype=torch.float64)
+    x = torch.randn(2, 7, sizes[0], generator=gens(9)[0], dtype=torch.float64, requires_grad=True)
     dy = torch.randn(2, 7, sizes[-1], generator=gens(8)[0], dtype=torch.float64)
-    y = net(x)
-    net.zero_grad()
-    y.backward(dy)
-    reference = [p.grad.clone() for p in net.parameters()]
+    inputs = [x, *net.parameters()]
+    y, expected = net(x), layer_by_layer(net, x)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(z, inputs, dy) for z in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_backward_adds_to_the_gradients_of_an_mlp_as_to_any_other():
+    net = MLP((3, 8, 2), gens(0)).double()
+    flatten_(net, members=1)
+    x = torch.randn(1, 7, 3, generator=gens(9)[0], dtype=torch.float64)
+    (net(x) * net(2 * x)).sum().backward()
+    once = [p.grad.clone() for p in net.parameters()]
+    (layer_by_layer(net, x) * layer_by_layer(net, 2 * x)).sum().backward()
+    for parameter, gradient in zip(net.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_gradients_are_set_where_they_lie_also_of_a_network_that_is_asked_twice(flat):
+    net = MLP((3, 8, 2), gens(0, 1)).double()
+    weights = [*net.parameters()]
+    if flat:
+        flatten_(net, members=2)
+    x = torch.randn(2, 7, 3, generator=gens(9)[0], dtype=torch.float64)
+    twice = (layer_by_layer(net, x) * layer_by_layer(net, 2 * x)).sum()
+    expected = torch.autograd.grad(twice, weights)
+    set_gradients((net(x) * net(2 * x)).sum(), weights)
+    torch.testing.assert_close([p.grad for p in weights], [*expected])
+    expected = torch.autograd.grad(layer_by_layer(net, x).sum(), weights)
+    places = [p.grad.data_ptr() for p in weights]
     for _ in range(2):  # what is there is overwritten, not added to
-        value, pullback = net.vjp(x)
-        pullback(dy)
-        assert torch.equal(value, y)
-        assert not value.requires_grad
-        for parameter, expected in zip(net.parameters(), reference, strict=True):
-            torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-12)
+        set_gradients(net(x).sum(), weights)
+        assert [p.grad.data_ptr() for p in weights] == places
+        torch.testing.assert_close([p.grad for p in weights], [*expected])
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_slopes_through_critic_and_actor_are_those_of_autograd(n):
-    actor = DeterministicActor(3, 2, (8, 8), gens(0, 1)).double()
-    critic = Critic(3, 2, (8, 8), gens(0, 1), n=n).double()
-    obs = torch.randn(2, 7, 3, generator=gens(9)[0], dtype=torch.float64)
-    slopes = torch.randn(2, n, 7, generator=gens(8)[0], dtype=torch.float64)
-    q = critic(obs, actor(obs))
-    expected = torch.autograd.grad(q, [*actor.parameters()], slopes)
-
-    action, pullback = actor.vjp(obs)
-    value, to_action = critic.action_vjp(obs, action)
-    pullback(to_action(slopes))
-    torch.testing.assert_close(value, q)
-    assert not value.requires_grad
-    for parameter, gradient in zip(actor.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
-    assert all(p.grad is None for p in critic.parameters())
-
-
-def test_the_vjp_writes_into_flat_gradients_in_place():
-    net = MLP((3, 8, 2), gens(0))
-    (parameter,) = flatten_(net, members=1).parameters
-    places = [p.grad.data_ptr() for p in net.parameters()]
-    _, pullback = net.vjp(torch.ones(1, 7, 3))
-    pullback(torch.ones(1, 7, 2))
-    assert places == [p.grad.data_ptr() for p in net.parameters()]
-    assert parameter.grad.abs().sum() > 0
+def test_slopes_go_through_a_held_critic_and_not_into_it():
+    actor, critic = DeterministicActor(3, 2, (8, 8), gens(0)), Critic(3, 2, (8, 8), gens(1), n=2)
+    obs = torch.randn(1, 7, 3, generator=gens(9)[0])
+    gradients = []
+    for held in (False, True):
+        loss = critic(obs, actor(obs), held=held).mean()
+        gradients.append(torch.autograd.grad(loss, [*actor.parameters()], retain_graph=True))
+        into = torch.autograd.grad(loss, [*critic.parameters()], allow_unused=True)
+        assert [x is None for x in into] == [held] * 6
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
@@ -187,27 +202,6 @@ def test_the_gaussian_log_density_is_finite_and_right_where_tanh_saturates():
     expected = -0.5 * math.log(2 * math.pi) - (math.log(4) - 60)
     assert action.item() == 1.0
     assert log_prob.item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_slopes_through_a_sample_are_those_of_autograd():
-    actor = GaussianActor(3, 2, (8, 8), gens(0, 1)).double()
-    with torch.no_grad():
-        actor.net[-1].bias.mul_(30)  # some standard deviations beyond the clamp
-    obs, d_action = torch.randn(2, 2, 9, 3, generator=gens(9)[0], dtype=torch.float64)
-    d_action, d_log_prob = d_action[..., :2], d_action[..., 2]
-    noise = torch.randn(2, 9, 2, generator=gens(8)[0], dtype=torch.float64)
-    log_std = actor.net(obs)[..., 2:]
-    assert (log_std > 2).any()
-    assert (log_std < 2).any()
-    sample = actor.sample(obs, noise)
-    expected = torch.autograd.grad(sample, [*actor.parameters()], (d_action, d_log_prob))
-
-    action, log_prob, to_weights = actor.sample_vjp(obs, noise)
-    to_weights(d_action, d_log_prob)
-    torch.testing.assert_close((action, log_prob), sample)
-    assert not action.requires_grad
-    for parameter, gradient in zip(actor.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-9)
 
 
 def test_log_std_is_clamped_to_the_documented_range():

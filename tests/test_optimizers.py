@@ -1,9 +1,8 @@
 import copy
 
-import pytest
 import torch
 
-from agents.optimizers import Adam, value_optimizer
+from agents.optimizers import Adam
 from polyak_rl import flatten_
 
 
@@ -56,9 +55,3 @@ def test_adam_takes_its_learning_rate_anew_at_each_step():
     adam.param_groups[0]["lr"] = 0.0
     train(network, adam, 1)
     assert torch.equal(weights(network), before)
-
-
-def test_an_unknown_optimizer_is_refused_by_name():
-    _, flat = make()
-    with pytest.raises(ValueError, match="adam, sgd, asgd or polyak_sgd, got 'lion'"):
-        value_optimizer("lion", flat, 1e-3)

@@ -111,7 +111,7 @@ def test_the_target_entropy_is_minus_the_actions_size_unless_given():
 def test_the_soft_value_contains_the_entropy_and_the_smaller_critic():
     # all transitions bootstrap; the loss is recomputed with a target that lacks one ingredient
     transitions = batch()._replace(terminated=torch.zeros(1, 32))
-    agent, loss = make(), make().update(transitions)["losses/qf_loss"].mean(-1)
+    agent, loss = make(), make().update(transitions)["losses/qf_loss"]
     s, a, r, _, s_next = transitions
     (noises,) = generators(Purpose.UPDATE, [0])
     noise_next = torch.randn(2, 32, 2, generator=noises)[1:]
@@ -143,7 +143,7 @@ def test_the_actors_loss_gives_the_critics_no_gradient():
         y = r + 0.99 * (1 - terminated) * soft_value
     loss = 0.5 * (other.critic(s, a) - y.unsqueeze(1)).square().mean(-1).sum()
     loss.backward()
-    ours, alone = (x.critic_flat.parameters[0].grad for x in (agent, other))
+    ours, alone = (x.descent.flats["critic"].parameters[0].grad for x in (agent, other))
     torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_exploration_samples_the_policy_and_is_uniform_until_learning_starts():
 
 def test_targets_are_frozen_and_in_no_optimizer():
     agent = make()
-    optimizers = (agent.actor_optimizer, agent.critic_optimizer, agent.temperature_optimizer)
+    optimizers = agent.descent.optimizers.values()
     optimized = {
         p.data_ptr() for o in optimizers for group in o.param_groups for p in group["params"]
     }

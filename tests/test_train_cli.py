@@ -48,7 +48,7 @@ def test_evaluations_are_written_as_rows_and_in_the_form_of_stable_baselines3(ru
         header, *rows = csv.reader(file)
     assert header == ["step", "scheme", "episode", "return", "length"]
     keys = [(int(step), scheme, int(episode)) for step, scheme, episode, *_ in rows]
-    schemes = ("last", "uniform50", "ema1")
+    schemes = ("last", "tail50", "ema1")
     assert keys == [(t, name, e) for t in (100, 200, 300) for name in schemes for e in range(3)]
     rows = [row for row in rows if row[1] == "last"]
     archive = np.load(run / "evaluations.npz")
@@ -71,7 +71,7 @@ def test_tensorboard_shows_the_documented_tags_the_overlay_and_the_hyperparamete
         "target/lag/q",
     } <= set(tags["scalars"])
     averages = EventAccumulator(str(run / "averages")).Reload()
-    assert averages.Tags()["scalars"] == ["eval/uniform50", "eval/ema1"]
+    assert averages.Tags()["scalars"] == ["eval/tail50", "eval/ema1"]
     assert [event.step for event in averages.Scalars("eval/ema1")] == [100, 200, 300]
     assert [event.step for event in events.Scalars("charts/SPS")] == [100, 200, 300]
     assert "hyperparameters/text_summary" in tags["tensors"]
@@ -88,9 +88,9 @@ def test_a_chart_of_last_and_average_has_one_curve_of_each_colour(run):
         return [[t for t in f.Tags()["scalars"] if re.match(regex, t)] for f in folders]
 
     uniform, ema, every = map(curves, evaluation.chart)
-    assert uniform == [["eval/last"], ["eval/uniform50"]]
+    assert uniform == [["eval/last"], ["eval/tail50"]]
     assert ema == [["eval/last"], ["eval/ema1"]]
-    assert every == [["eval/last"], ["eval/uniform50", "eval/ema1"]]
+    assert every == [["eval/last"], ["eval/tail50", "eval/ema1"]]
     assert [[len(own) for own in curves(chart)] for chart in weights.chart] == [[1, 0]] * 3
 
 
@@ -106,7 +106,7 @@ def test_the_table_of_hyperparameters_opens_with_what_tells_runs_apart_and_the_s
     assert first == {"algo", "env_id", "learning_rate", "seed", "total_steps"}
     assert [(metric.name.group, metric.name.tag) for metric in experiment.metric_infos] == [
         ("", "eval/last"),
-        ("averages", "eval/uniform50"),
+        ("averages", "eval/tail50"),
         ("averages", "eval/ema1"),
     ]
     values = plugin_data("session_start_info").session_start_info.hparams

@@ -10,11 +10,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
+from agents.environments import EpisodeSeeds
 from agents.presets import ALGORITHMS, PRESETS, preset
 from agents.sac import SACConfig
 from agents.seeding import episode_seed
 from agents.td3 import TD3Config
-from agents.training import EpisodeSeeds, TrainConfig, Training, crossings
+from agents.training import TrainConfig, Training, crossings
 
 DQN_SMALL = DQNConfig(
     learning_rate=1e-2, batch_size=16, learning_starts=10, target_update_every=5, hidden=(16,)
@@ -95,7 +96,7 @@ class Recorder:
 
 
 def counting(total_steps, *, agent=DQN_SMALL, envs=None, **kwargs):
-    config = TrainConfig("test/Counting-v0", total_steps, eval_every=10**6, **kwargs)
+    config = TrainConfig("test/Counting-v0", total_steps, eval_every=0, **kwargs)
     return Training("dqn", agent, config, envs=envs)
 
 
@@ -211,7 +212,7 @@ def test_evaluation_comes_every_k_steps_and_at_the_end():
 def test_evaluation_leaves_training_as_it_would_be_without(algo, agent):
     env_id = "CartPole-v1" if algo == "dqn" else "Pendulum-v1"
     ends = []
-    for eval_every in (7, 10**6):
+    for eval_every in (7, 0):
         config = TrainConfig(env_id, 60, eval_every=eval_every, eval_episodes=1)
         training = Training(algo, agent, config)
         while training.step < 60:
@@ -275,7 +276,7 @@ def test_every_episode_has_a_seed_of_its_own_by_which_it_can_be_played_again():
 
 
 def test_the_buffer_holds_actions_in_minus_one_to_one_and_the_environment_gets_its_own_range():
-    config = TrainConfig("test/Continuous-v0", 200, eval_every=10**6)
+    config = TrainConfig("test/Continuous-v0", 200, eval_every=0)
     training = Training("ddpg", replace(DDPG_SMALL, learning_starts=200), config)
     training.run()
     stored = training.replay.rows[0, :, 2].numpy()
@@ -327,7 +328,7 @@ def test_logs_get_the_documented_tags_at_log_lines_and_at_ends_of_episodes():
     for algo, agent in agents.items():
         env_id = "test/Discrete-v0" if algo == "dqn" else "test/Continuous-v0"
         logs = Recorder(), Recorder()
-        config = TrainConfig(env_id, 60, log_every=25, eval_every=10**6)
+        config = TrainConfig(env_id, 60, log_every=25, eval_every=0)
         Training(algo, agent, config, seeds=(0, 1), logs=logs).run()
         for log in logs:
             assert {tag for _, tag, _ in log.values} == tags[algo] | always
@@ -412,9 +413,10 @@ def test_discrete_actions_that_do_not_start_at_zero_reach_the_environment():
             self.action_space = spaces.Discrete(3, start=5)
 
     envs = SyncVectorEnv([Shifted], autoreset_mode=AutoresetMode.SAME_STEP)
-    training = Training("dqn", DQN_SMALL, TrainConfig("test/Discrete-v0", 100), envs=envs)
-    for _ in range(100):
-        training._interact()
+    agent = replace(DQN_SMALL, learning_starts=100)
+    config = TrainConfig("test/Discrete-v0", 100, eval_every=0)
+    training = Training("dqn", agent, config, envs=envs)
+    training.run()
     assert set(envs.envs[0].taken) == {5, 6, 7}
     assert set(training.replay.rows[0, :100, 2].tolist()) == {0.0, 1.0, 2.0}
 
@@ -450,8 +452,16 @@ def test_a_linear_decay_falls_to_its_floor_and_stays(until, floor, expected):
     config = TrainConfig("CartPole-v1", 50, lr_decay="linear", lr_decay_until=until, lr_floor=floor)
     training = Training("dqn", agent, config)
     rates = []
-    group = training.agent.optimizers[0].param_groups[0]
+    group = training.agent.descent.optimizers["q"].param_groups[0]
     training.recorders.append(lambda: rates.append(group["lr"] / agent.learning_rate))
     training.run()
     training.close()
     assert rates == pytest.approx(expected)
+
+
+def test_without_an_evaluation_schedule_there_are_no_evaluations():
+    log = Recorder()
+    training = counting(25)
+    training.logs = (log,)
+    training.run()
+    assert (training.step, log.evaluations, training.evaluations) == (25, [], {})

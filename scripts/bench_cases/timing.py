@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from agents.memory import keep_freed_memory
+from agents.malloc import keep_freed_memory
 
 Clock = Literal["wall", "cpu"]
 Unit = Literal["seconds", "steps/s"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from agents.memory import keep_freed_memory
+from agents.malloc import keep_freed_memory
 from scripts.experiment.measurement import read_job, run
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.averaging import PolicyAverages
+from agents.averaging import record_policy
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.presets import preset
 from agents.seeding import Purpose, evaluation_seeds
@@ -206,7 +206,7 @@ class Measurement:
         config = TrainConfig(
             job.env_id,
             total,
-            eval_every=total + 1,
+            eval_every=0,  # `at` evaluates
             lr_decay=job.lr_decay,
             lr_decay_until=job.lr_decay_until,
             lr_floor=job.lr_floor,
@@ -215,13 +215,12 @@ class Measurement:
         self.job = job
         self.training = training = Training(job.algo, job.agent_config(), config, job.seeds)
         self.folders: list[RunFolder] = []
-        self.rules = {
+        rules = {
             scheme.name: scheme.rule(training.total_updates)
             for scheme in SCHEMES.values()
             if scheme.rule is not None
         }
-        in_bank = {name: rule for name, rule in self.rules.items() if SCHEMES[name].in_bank}
-        self.averages = PolicyAverages(training, in_bank, job.capacity)
+        self.averages = record_policy(training, rules, job.capacity)
         self.checkpoints: dict[str, dict[str, Tensor]] = {}
         self.common, self.other = (  # [S, E] each
             np.stack(
@@ -266,8 +265,8 @@ class Measurement:
         if scheme == "target":
             target = self.training.agent.targets.get("actor")
             return dict(target.module.named_parameters()) if target else None
-        if scheme in self.rules:
-            return self.averages.average(scheme if SCHEMES[scheme].in_bank else self.rules[scheme])
+        if scheme in self.averages.rules:
+            return self.averages.average(scheme)
         return self.checkpoints.get(scheme)
 
     def _play(self, scheme: str, weights: Mapping[str, Tensor], seeds: NDArray[Any]) -> None:

@@ -27,7 +27,7 @@ LAYOUT = {
     "evaluation": {
         "last iterate, uniform average of the last half": [
             "Multiline",
-            ["eval/(last|uniform50|suffix50)$"],
+            ["eval/(last|tail50|suffix50)$"],
         ],
         "last iterate, EMA": ["Multiline", ["eval/(last|ema1)$"]],
         "every scheme": ["Multiline", ["eval/.*"]],
@@ -35,7 +35,7 @@ LAYOUT = {
     "weights": {
         "distance of the uniform average to the last": [
             "Multiline",
-            ["averaging/distance_to_last/uniform50$"],
+            ["averaging/distance_to_last/tail50$"],
         ],
         "distance of the EMA to the last": ["Multiline", ["averaging/distance_to_last/ema1$"]],
         "lag of target networks": ["Multiline", ["target/.*"]],

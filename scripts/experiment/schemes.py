@@ -28,11 +28,6 @@ class Scheme:
     rule: Callable[[int], Rule] | None = None
     at: int | None = None
 
-    @property
-    def in_bank(self) -> bool:
-        """Whether the average is too fine for a timeline."""
-        return self.rule is not None and isinstance(self.rule(1), Ema)
-
 
 def tail(percent: int, when: Literal["always", "late", "end"]) -> Scheme:
     """The uniform average of the last part of the run."""

@@ -12,10 +12,6 @@ class NonFiniteError(FloatingPointError):
     """A NaN or an infinity where a number is needed."""
 
 
-class EnvironmentFault(RuntimeError):
-    """An environment raised, or returned what its spaces do not allow."""
-
-
 class BadGradient(NamedTuple):
     """Where a gradient was not finite."""
 
@@ -28,7 +24,7 @@ class BadGradient(NamedTuple):
     """index of the gradient step since the last reading"""
 
 
-class Guard:
+class GradientWatch:
     """Notices gradients that are not finite, without reading anything back in a gradient step.
 
     `found_inf` gives the flag that fused optimizers take: where it is 1 they leave weights and

@@ -1,0 +1,145 @@
+"""What every agent has: its settings, what they may be, and what the training loop asks of it.
+
+A new agent is a file like `agents/ddpg.py`, and elsewhere these lines:
+
+| file | line |
+|---|---|
+| `agents/agent.py` | what its own settings may be, in `LIMITS` |
+| `agents/presets.py` | its name, class and config, in `ALGORITHMS` |
+| `scripts/train.py` | its subcommand, and the environment that it gets unless told |
+| `tests/test_program.py` | a small config, in `CASES` |
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from agents.optimizers import Descent
+from agents.replay import Batch
+from polyak_rl import TargetNetwork
+
+Target = Literal["soft", "hard", "none"]
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Settings of every agent; an agent's own config adds to them, and names values that differ.
+
+    The values are those of Stable-Baselines3's SAC.
+    """
+
+    learning_rate: float = 3e-4
+    """Adam's step size, of every network"""
+    batch_size: int = 256
+    """transitions in a gradient step"""
+    buffer_size: int = 1_000_000
+    """transitions kept"""
+    learning_starts: int = 100
+    """environment steps taken at random before the first gradient step"""
+    gamma: float = 0.99
+    """discount per environment step"""
+    train_every: int = 1
+    """environment steps between two rounds of gradient steps"""
+    gradient_steps: int = 1
+    """gradient steps in a round"""
+    hidden: tuple[int, ...] = (256, 256)
+    """units of each hidden layer, of every network"""
+    target: Target = "soft"
+    """what values are bootstrapped from; none: the online networks themselves"""
+    tau: float = 0.005
+    """weight of the online network in each update of a soft target, below 1 there"""
+    tau_end: float | None = None
+    """tau at the end of the run, which it goes to linearly; None: it stays"""
+    target_update_every: int = 400
+    """gradient steps between two copies of a hard target; 400 has the mean age of tau = 0.005"""
+
+
+class Agent(Protocol):
+    """S independent agents, one per seed; every tensor begins with the dimension S.
+
+    Args:
+        obs_dim: Size O of an observation; for DQN also (frames, height, width), stacks of images.
+        action_dim: Size A of an action, or the number of discrete ones.
+        config: Settings.
+        seeds: One training seed per agent.
+        device: Where the networks live.
+        total_steps: Environment steps of the whole run, to which schedules are tied.
+
+    Raises:
+        ValueError: A setting is not within its limits.
+    """
+
+    targets: dict[str, TargetNetwork]
+    policy: nn.Module
+    """acts, and is what averages are taken of"""
+    descent: Descent
+    """the networks that are trained, and the watch over their gradients"""
+    learn: Callable[..., dict[str, Tensor]]
+    """what of `update` can be one program"""
+
+    @property
+    def config(self) -> AgentConfig:
+        """Its settings."""
+        ...
+
+    def explore(self, obs: Tensor, step: int) -> Tensor:
+        """Actions of the behaviour policy at an environment step."""
+        ...
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step; tags with values [S, ...] on the device, shown by their means."""
+        ...
+
+    def charts(self, step: int) -> dict[str, float]:
+        """Tags of what the agent's schedules say at an environment step."""
+        ...
+
+
+# field: (smallest, largest), both allowed
+LIMITS: dict[str, tuple[float, float]] = {
+    "learning_rate": (1e-12, 1.0),
+    "batch_size": (1, math.inf),
+    "buffer_size": (1, 2**31),
+    "learning_starts": (0, math.inf),
+    "gamma": (0.0, 1.0),
+    "tau": (0.0, 1.0),
+    "tau_end": (0.0, 1.0),
+    "target_update_every": (1, math.inf),
+    "train_every": (1, math.inf),
+    "gradient_steps": (0, math.inf),
+    "epsilon_start": (0.0, 1.0),
+    "epsilon_end": (0.0, 1.0),
+    "exploration_fraction": (0.0, 1.0),
+    "max_grad_norm": (1e-12, math.inf),
+    "noise_std": (0.0, 10.0),
+    "target_noise_std": (0.0, 10.0),
+    "target_noise_clip": (0.0, 10.0),
+    "policy_delay": (1, math.inf),
+    "alpha_init": (1e-12, 1e12),
+    "hidden": (1, 2**20),
+    "total_steps": (1, math.inf),
+    "n_envs": (1, 2**16),
+    "eval_every": (0, math.inf),
+    "eval_episodes": (1, 2**20),
+    "log_every": (1, math.inf),
+    "lr_decay_until": (1e-12, 1.0),
+    "lr_floor": (0.0, 1.0),
+}
+
+
+def check(config: Any) -> None:
+    """Raise a ValueError naming the first field of a dataclass that lies outside its limits.
+
+    None passes (it means "choose for me" where a field allows it); a tuple is checked item by item.
+    """
+    for field in dataclasses.fields(config):
+        low, high = LIMITS.get(field.name, (-math.inf, math.inf))
+        value = getattr(config, field.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int | float) and not low <= item <= high:
+                allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+                raise ValueError(f"{field.name} must be {allowed}, got {value}")
