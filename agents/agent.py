@@ -12,7 +12,7 @@ A new agent is a file like `agents/ddpg.py`, and elsewhere these lines:
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from agents.optimizers import Descent
 from agents.replay import Batch
+from agents.seeding import Streams
 from polyak_rl import TargetNetwork
 
 Target = Literal["soft", "hard", "none"]
@@ -58,6 +59,37 @@ class AgentConfig:
     """gradient steps between two copies of a hard target; 400 has the mean age of tau = 0.005"""
 
 
+class Turns(nn.Module):
+    """Counts gradient steps, and says what is due in each; a module, so that checkpoints keep it.
+
+    Args:
+        every: Gradient steps between two turns, one number for each thing that has turns.
+
+    Example:
+        >>> turns = Turns(2, 3)
+        >>> [turns.next() for _ in range(3)]
+        [(False, False), (True, False), (False, True)]
+    """
+
+    def __init__(self, *every: int) -> None:
+        super().__init__()
+        self.every = every
+        self.steps = 0
+
+    def next(self) -> tuple[bool, ...]:
+        """Count a gradient step; whose turn it is in it."""
+        self.steps += 1
+        return tuple(self.steps % every == 0 for every in self.every)
+
+    def get_extra_state(self) -> int:
+        """The count."""
+        return self.steps
+
+    def set_extra_state(self, state: int) -> None:
+        """Go on from a saved count."""
+        self.steps = state
+
+
 class Agent(Protocol):
     """S independent agents, one per seed; every tensor begins with the dimension S.
 
@@ -78,8 +110,10 @@ class Agent(Protocol):
     """acts, and is what averages are taken of"""
     descent: Descent
     """the networks that are trained, and the watch over their gradients"""
-    learn: Callable[..., dict[str, Tensor]]
-    """what of `update` can be one program"""
+    turns: Turns
+    """whose turn it is in a gradient step, of what is not due in all of them"""
+    draws: Sequence[tuple[Streams, tuple[int, ...]]]
+    """where a gradient step takes standard normal numbers from, and the shape of a seed's"""
 
     @property
     def config(self) -> AgentConfig:
@@ -92,6 +126,10 @@ class Agent(Protocol):
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step; tags with values [S, ...] on the device, shown by their means."""
+        ...
+
+    def learn(self, batch: Batch, *given: Any) -> dict[str, Tensor]:
+        """The gradient step for given draws and turns, in this order: it can be one program."""
         ...
 
     def charts(self, step: int) -> dict[str, float]:

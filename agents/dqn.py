@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.agent import AgentConfig, Target, check
+from agents.agent import AgentConfig, Target, Turns, check
 from agents.networks import QNetwork
 from agents.optimizers import Descent
 from agents.pixels import PixelQNetwork
 from agents.replay import Batch
-from agents.seeding import Purpose, generators, uniform
-from agents.targets import target_networks
+from agents.seeding import Purpose, Streams, generators
+from agents.targets import target_every, target_networks
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DQN:
         self.config = config
         self.action_dim = action_dim
         self.annealing_steps = config.exploration_fraction * total_steps
-        self.exploration = generators(Purpose.EXPLORATION, seeds, device)
+        self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
 
         init = generators(Purpose.INIT, seeds)
         network: Any = PixelQNetwork if isinstance(obs_dim, tuple) else QNetwork
@@ -87,6 +87,8 @@ class DQN:
         )
         self.targets = target_networks(config, {"q": self.q})
         self.q_target = self.targets.get("q", self.q)
+        self.turns = Turns(target_every(config))
+        self.draws: list[tuple[Streams, tuple[int, ...]]] = []
         self.policy: nn.Module = self.q
 
     def epsilon(self, step: int) -> float:
@@ -108,21 +110,16 @@ class DQN:
         Two numbers are drawn for each action whether or not it is random, so that the stream's
         position depends on the number of actions alone.
         """
-        coin, pick = uniform(self.exploration, 2, obs.shape[1]).unbind(1)  # [S, n] each
+        coin, pick = self.exploration.uniform(2, obs.shape[1]).unbind(1)  # [S, n] each
         random = (pick * self.action_dim).long()
         return torch.where(coin < self.epsilon(step), random, self.q.act(obs))
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
-        tags = self.learn(batch)
+        return self.learn(batch, *self.turns.next())
 
-        # every C gradient steps: theta^- <- theta
-        for target in self.targets.values():
-            target.update()
-        return tags
-
-    def learn(self, batch: Batch) -> dict[str, Tensor]:
-        """The gradient step without random draws, decisions and target updates."""
+    def learn(self, batch: Batch, follow: bool) -> dict[str, Tensor]:
+        """The gradient step without decisions: whether the target network follows is given."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma max_a' Q^(s', a'), and r alone where s' is terminal
@@ -139,4 +136,9 @@ class DQN:
         q = self.q(s).gather(-1, a.long()).squeeze(-1)  # [S, B]
         loss = F.smooth_l1_loss(q, y, reduction="none").mean(-1)  # [S]
         self.descent.step("q", loss)
+
+        # every C gradient steps: theta^- <- theta
+        if follow:
+            for target in self.targets.values():
+                target.update()
         return {"losses/td_loss": loss.detach(), "losses/q_values": q.detach()}

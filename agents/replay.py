@@ -1,12 +1,14 @@
 """Experience replay on the agent's device, one buffer per seed in one tensor."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from agents.seeding import Streams
 
 DRAWN_AT_ONCE = 2**18
 """Numbers of a buffer's rows that are gathered in one go, where many batches are due: 1 MiB."""
@@ -24,6 +26,35 @@ class Batch(NamedTuple):
     reward: Tensor  # [S, B]
     terminated: Tensor  # [S, B]
     next_obs: Tensor  # [S, B, O]
+
+
+class Upload:
+    """Copies what the CPU has to a device without waiting for it.
+
+    The way is through pinned memory, which is not written to before the device has read it.
+
+    Args:
+        device: Where to.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._staging: Tensor | None = None
+        self._read: Any = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The tensor on the device, of one dtype in all calls; on the CPU it is the very one."""
+        if self.device.type == "cpu":
+            return x
+        if self._read is not None and not self._read.query():
+            self._read.synchronize()
+        if self._staging is None or self._staging.numel() < x.numel():
+            self._staging = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+            self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        staging = self._staging[: x.numel()].view(x.shape)
+        there = staging.copy_(x).to(self.device, non_blocking=True)
+        self._read.record(torch.cuda.current_stream(self.device))
+        return there
 
 
 class Replay:
@@ -59,6 +90,7 @@ class Replay:
         self.rows = torch.empty(members, capacity, sum(self.widths), device=device)
         self.first_rows = capacity * torch.arange(members, device=device).unsqueeze(1)  # [S, 1]
         self.added = 0
+        self._upload = Upload(device)
 
     @property
     def size(self) -> int:
@@ -99,8 +131,9 @@ class Replay:
         self.append(torch.from_numpy(rows))
 
     def append(self, rows: Tensor) -> None:
-        """Store transitions that are rows [S, n, D] already; n is at most the capacity."""
+        """Store transitions that are rows [S, n, D] on the CPU; n is at most the capacity."""
         n, position = rows.shape[1], self.position
+        rows = self._upload(rows)
         fitting = min(n, self.capacity - position)
         self.rows[:, position : position + fitting] = rows[:, :fitting]
         if fitting < n:  # the rest wraps to the start of the ring
@@ -119,42 +152,40 @@ class Replay:
     def load(self, data: bytes, n: int) -> None:
         """Store n transitions from `dump`."""
         rows = np.frombuffer(data, dtype="<f4").astype(np.float32)
-        self.append(torch.from_numpy(rows.reshape(len(self.rows), n, -1)).to(self.rows.device))
+        self.append(torch.from_numpy(rows.reshape(len(self.rows), n, -1)))
 
-    def sample(self, batch_size: int, generators: Sequence[torch.Generator]) -> Batch:
-        """Draw `batch_size` transitions of every seed, each with that seed's generator.
+    def sample(self, batch_size: int, streams: Streams) -> Batch:
+        """Draw `batch_size` transitions of every seed, each from that seed's stream.
 
         Args:
             batch_size: B, with replacement, so it may exceed the number stored.
-            generators: One per seed, on the device of the buffer.
+            streams: One per seed, on the device of the buffer.
 
         Raises:
             ValueError: Nothing is stored yet.
         """
-        return next(self.batches(batch_size, generators, 1))
+        return next(self.batches(batch_size, streams, 1))
 
-    def batches(
-        self, batch_size: int, generators: Sequence[torch.Generator], count: int
-    ) -> Iterator[Batch]:
-        """What `count` calls of `sample` would return, on CPU to the bit, drawn many at a time.
+    def batches(self, batch_size: int, streams: Streams, count: int) -> Iterator[Batch]:
+        """What `count` calls of `sample` would return, to the bit, drawn many at a time.
 
         Raises:
             ValueError: Nothing is stored yet.
         """
-        if self.size == 0:
-            raise ValueError("cannot sample from an empty replay buffer; add a transition first")
+        self.require_some()
         at_once = max(1, DRAWN_AT_ONCE // (len(self.rows) * batch_size * sum(self.widths)))
         for first in range(0, count, at_once):
-            shape = (min(at_once, count - first), batch_size)
-            picks = torch.stack(
-                [
-                    torch.randint(self.size, shape, generator=g, device=self.rows.device)
-                    for g in generators
-                ],
-                dim=1,
-            )  # [count, S, B]
-            index = (self.first_rows + picks).flatten()
-            rows = self.rows.flatten(0, 1).index_select(0, index).view(*picks.shape, -1)
-            obs, action, reward, terminated, next_obs = torch.split(rows, self.widths, dim=-1)
-            fields = (obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)
-            yield from map(Batch, *(field.unbind() for field in fields))
+            picks = streams.below(self.size, min(at_once, count - first), batch_size)
+            yield from map(Batch, *(field.unbind() for field in self.take(picks)))
+
+    def require_some(self) -> None:
+        """Raise a ValueError where nothing is stored yet."""
+        if self.size == 0:
+            raise ValueError("cannot sample from an empty replay buffer; add a transition first")
+
+    def take(self, picks: Tensor) -> Batch:
+        """The transitions at places [..., S, B] of each seed's buffer, [..., S, B, ...]."""
+        index = (self.first_rows + picks).flatten()
+        rows = self.rows.flatten(0, 1).index_select(0, index).view(*picks.shape, -1)
+        obs, action, reward, terminated, next_obs = torch.split(rows, self.widths, dim=-1)
+        return Batch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)

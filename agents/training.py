@@ -15,13 +15,14 @@ from torch import Tensor
 from agents.agent import Agent, AgentConfig, check
 from agents.environments import autoreset_of, finite, interface, require_finite, vector_env
 from agents.evaluation import Evaluation, Evaluator
+from agents.learner import Learner
 from agents.networks import stack_members
 from agents.nonfinite import NonFiniteError
 from agents.pixels import FrameReplay
 from agents.presets import ALGORITHMS
-from agents.program import Program, require_compiler
-from agents.replay import Batch, Replay
-from agents.seeding import Purpose, episode_seed, evaluation_seeds, generators
+from agents.program import require_compiler
+from agents.replay import Replay, Upload
+from agents.seeding import Purpose, Streams, episode_seed, evaluation_seeds
 
 EPISODES_SHOWN = 10_000
 """Points in a curve of training episodes beyond which some are left out."""
@@ -154,8 +155,6 @@ class Training:
         self.agent: Agent = agent_class(
             obs_dim, action_dim, agent_config, self.seeds, self.device, config.total_steps
         )
-        if config.compile:
-            self.agent.learn = Program(self.agent.learn)
         replay_class: Any = FrameReplay if isinstance(obs_dim, tuple) else Replay
         self.replay: Replay = replay_class(
             capacity=max(config.n_envs, min(agent_config.buffer_size, config.total_steps)),
@@ -164,8 +163,12 @@ class Training:
             members=len(self.seeds),
             device=self.device,
         )
+        sampling = Streams(Purpose.REPLAY, self.seeds, self.device)
+        self.learner = Learner(self.agent, self.replay, sampling, compiled=config.compile)
+        if config.compile and agent_config.tau_end is not None:
+            for target in self.agent.targets.values():  # a number would be read once
+                target.tau = torch.full((), agent_config.tau, device=self.device)
         self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.descent.optimizers.values()]
-        self.sampling = generators(Purpose.REPLAY, self.seeds, self.device)
 
         self.evaluator = Evaluator(config.env_id, self.interface, self.device)
         twentieth = max(1, config.total_steps // 20)
@@ -176,6 +179,7 @@ class Training:
         self.schemes: dict[str, Callable[[], Mapping[str, Tensor] | None]] = {
             "last": lambda: dict(self.agent.policy.named_parameters())
         }
+        self._upload = Upload(self.device)
         self.recorders: list[Callable[[], None]] = []
         self.diagnostics: list[Callable[[], Mapping[str, Tensor]]] = []
         self.stopping = False
@@ -212,28 +216,34 @@ class Training:
         before = self.step
         self._interact()
         if due := self._updates_due(before, self.step):
-            if self.config.compile:
-                self._require_as_recorded()
-            batch_size = self.agent.config.batch_size
-            for batch in self.replay.batches(batch_size, self.sampling, due):
-                self.gradient_step(batch)
+            self.learn(due)
         if self.logs and crossings(before, self.step, self.config.log_every):
             self._log_diagnostics()
         if self.eval_every and crossings(before, self.step, self.eval_every):
             self.evaluate()
 
-    def gradient_step(self, batch: Batch) -> None:
-        """Let the agent learn from a batch, and the recorders record what came of it."""
+    def learn(self, count: int) -> None:
+        """Take so many gradient steps, and let the recorders record what came of each."""
+        if self.config.compile:
+            self._require_as_recorded()
+        self.learner.begin(count)
+        for _ in range(count):
+            self._gradient_step()
+
+    def _gradient_step(self) -> None:
         if self.config.lr_decay == "linear":
             for optimizer, rate in self.rates:
                 optimizer.param_groups[0]["lr"] = rate * self._decay()
         if self.agent.config.tau_end is not None:
             for target in self.agent.targets.values():
-                target.tau = self._tau()
+                if isinstance(target.tau, Tensor):
+                    target.tau.fill_(self._tau())
+                else:
+                    target.tau = self._tau()
         if self.agent.descent.watch.full:
             self.require_finite()
-        self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays
-        self.agent.descent.watch.count(self.step)
+        self.losses |= self.learner.step()  # what is rarer, TD3's actor loss, stays
+        self.agent.descent.watch.count(self.step, noted=self.config.compile)
         self.updates += 1
         for record in self.recorders:
             record()
@@ -304,7 +314,7 @@ class Training:
         if self.step == 0 and not skip:
             require_finite(self.envs, 0, obs, obs, np.zeros(len(self.ended)), self.ended)
         seen = np.nan_to_num(obs, posinf=0, neginf=0) if skip else obs
-        action = self.agent.explore(torch.from_numpy(seen).to(self.device), self.step).cpu().numpy()
+        action = self.agent.explore(self._upload(torch.from_numpy(seen)), self.step).cpu().numpy()
         observed, reward, terminated, truncated, info = self.envs.step(
             self.interface.to_env(action.reshape(-1, *action.shape[2:]))
         )

@@ -259,7 +259,7 @@ def steps(bench: Bench, options: Options) -> None:
         floor = gemms(algo, size.obs_dim, size.action_dim, config, bench.device)
         contenders = {GEMMS: Contender(partial(call_all, floor), burst if algo == "td3" else 1)}
         for name, training in trainings.items():
-            contenders[name] = Contender(partial(learn, training, burst), burst)
+            contenders[name] = Contender(partial(training.learn, burst), burst)
         rival_config = dataclasses.replace(config, buffer_size=ROWS)
         for name, model in rival_agents(algo, env_id, rival_config, bench.device).items():
             fill(model.replay_buffer)
@@ -287,13 +287,6 @@ def ours(options: Options) -> list[str]:
     except ValueError:
         return [OURS]
     return [OURS, COMPILED]
-
-
-def learn(training: Training, count: int = 1) -> None:
-    """Gradient steps as the training loop takes them."""
-    batch_size = training.agent.config.batch_size
-    for batch in training.replay.batches(batch_size, training.sampling, count):
-        training.gradient_step(batch)
 
 
 def call_all(calls: Sequence[Callable[[], object]]) -> None:
@@ -424,7 +417,7 @@ def averaging(bench: Bench, options: Options) -> None:
         record_policy(training, rules(training.total_updates))
         recorders[name], training.recorders = training.recorders, []
     # All contenders train one agent, so that they differ in the averages alone.
-    calls = {name: [partial(learn, training), *records] for name, records in recorders.items()}
+    calls = {name: [partial(training.learn, 1), *records] for name, records in recorders.items()}
     calls |= {f"{name}, alone": recorders[name] for name in (DEFAULT, TWELVE)}
     contenders = {
         name: Contender(partial(call_all, each * BLOCK), BLOCK) for name, each in calls.items()
@@ -549,8 +542,8 @@ def scale_seeds(bench: Bench, count: int, seconds: float) -> None:
             filled_training(algo, env_id, config, bench.device, range(n)) for n in (1, count)
         )
         contenders = {
-            ALONE: Contender(partial(learn, one)),
-            TOGETHER: Contender(partial(learn, many), count),
+            ALONE: Contender(partial(one.learn, 1)),
+            TOGETHER: Contender(partial(many.learn, 1), count),
         }
         note = "time of one seed's step"
         bench.compare(title, contenders, seconds=seconds, size=str(count), note=note)
@@ -571,7 +564,7 @@ def gpu(bench: Bench, options: Options) -> None:
             "launches",
         )
     training = filled_training("sac", "HalfCheetah-v5", SACConfig(), bench.device, compile=True)
-    counts = launches(partial(learn, training))
+    counts = launches(partial(training.learn, 1))
     bench.value(SAC_LAUNCHES, sum(counts.values()), "launches")
     bench.value("of these, graphs", counts[GRAPH_LAUNCH], "launches")
     training.close()

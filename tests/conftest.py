@@ -7,7 +7,7 @@ from tests.pretended_cuda import Device, pretend
 
 
 @pytest.fixture(autouse=True)
-def device(request: pytest.FixtureRequest) -> Iterator[Device | None]:
+def cuda(request: pytest.FixtureRequest) -> Iterator[Device | None]:
     """The device of a test marked `cuda`: pretended where there is none."""
     if request.node.get_closest_marker("cuda") is None or torch.cuda.is_available():
         yield None

@@ -204,6 +204,7 @@ class Device(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.graphs = 0
+        self.waited = 0  # since the beginning
         self.memory = 80 << 30
         self.sync_mode = 0
         self.capturing: list[Any] | None = None
@@ -230,6 +231,7 @@ class Device(TorchDispatchMode):
             raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
         if self.sync_mode == 1:
             warnings.warn(f"called a synchronizing CUDA operation: {what}", stacklevel=2)
+        self.waited += 1
         self.waits[_where()] += 1
         for source, then in self._being_read:
             if not torch.equal(source, then):
@@ -395,12 +397,18 @@ class Stream:
 
 
 class Event(Stream):
-    """An event; all that came before it has happened once it is waited for."""
+    """An event; it has happened once the host has waited after it was recorded."""
 
-    def __init__(self, **_: Any) -> None: ...
+    def __init__(self, **_: Any) -> None:
+        self._recorded = -1
 
     def record(self, stream: Stream | None = None) -> None:
         """Let it happen after what was launched."""
+        self._recorded = Device.now.waited
+
+    def query(self) -> bool:
+        """Whether it has happened."""
+        return self._recorded < Device.now.waited
 
 
 class Graph:
