@@ -12,7 +12,7 @@ A new agent is a file like `agents/ddpg.py`, and elsewhere these lines:
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from agents.optimizers import Descent
 from agents.replay import Batch
-from agents.seeding import Streams
+from agents.seeding import Draw
 from polyak_rl import TargetNetwork
 
 Target = Literal["soft", "hard", "none"]
@@ -112,8 +112,16 @@ class Agent(Protocol):
     """the networks that are trained, and the watch over their gradients"""
     turns: Turns
     """whose turn it is in a gradient step, of what is not due in all of them"""
-    draws: Sequence[tuple[Streams, tuple[int, ...]]]
-    """where a gradient step takes standard normal numbers from, and the shape of a seed's"""
+
+    @property
+    def draws(self) -> Sequence[Draw]:
+        """What `learn` is given besides a batch, in the order of the stream that it is from."""
+        ...
+
+    @property
+    def learn(self) -> Callable[..., dict[str, Tensor]]:
+        """The gradient step for a batch, draws and turns, in this order: it can be one program."""
+        ...
 
     @property
     def config(self) -> AgentConfig:
@@ -126,10 +134,6 @@ class Agent(Protocol):
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step; tags with values [S, ...] on the device, shown by their means."""
-        ...
-
-    def learn(self, batch: Batch, *given: Any) -> dict[str, Tensor]:
-        """The gradient step for given draws and turns, in this order: it can be one program."""
         ...
 
     def charts(self, step: int) -> dict[str, float]:
@@ -170,9 +174,10 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def check(config: Any) -> None:
-    """Raise a ValueError naming the first field of a dataclass that lies outside its limits.
+    """Check the fields of a dataclass; a tuple is checked item by item, and None passes.
 
-    None passes (it means "choose for me" where a field allows it); a tuple is checked item by item.
+    Raises:
+        ValueError: A field lies outside its limits; the first such one is named.
     """
     for field in dataclasses.fields(config):
         low, high = LIMITS.get(field.name, (-math.inf, math.inf))

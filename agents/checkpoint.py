@@ -22,9 +22,8 @@ not intent: whoever can write to the folder can write a checkpoint.
 import dataclasses
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +38,7 @@ from agents.optimizers import Descent
 from agents.seeding import Streams
 from agents.training import Training
 from polyak_rl import PolicyAverages
+from polyak_rl.files import write_whole
 
 SCHEMA = 5
 
@@ -80,7 +80,12 @@ class Checkpoint:
         return dict(self.state.get("extra", {}))
 
     def transitions(self, piece: tuple[int, int]) -> bytes:
-        """What is in a replay file."""
+        """What is in a replay file.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It has changed since the checkpoint was read.
+        """
         data = (self.folder / _piece_name(piece)).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.sha256[_piece_name(piece)]:
             raise ValueError(f"{self.folder / _piece_name(piece)} has changed while it was read")
@@ -100,6 +105,9 @@ class Checkpoints:
 
     Attributes:
         step: Environment steps of the last checkpoint that was written, None before the first.
+
+    Raises:
+        ValueError: The training is on environments that it did not make itself.
     """
 
     def __init__(
@@ -139,7 +147,8 @@ class Checkpoints:
             pieces = self._write_new_transitions(sums)
         name = f"{number:06d}.pt"
         state = training_state(self.training, self.averages) | {"extra": dict(extra or {})}
-        write_whole(self.folder / name, lambda file: _save_tensors(state, file))
+        with write_whole(self.folder / name) as file:
+            _save_tensors(state, file)
         sums[name] = _digest(self.folder / name)
         record = {
             "schema": SCHEMA,
@@ -152,7 +161,8 @@ class Checkpoints:
         }
         body = json.dumps(record, indent=1).encode()
         line = hashlib.sha256(body).hexdigest().encode() + b"\n"
-        write_whole(self.folder / f"{number:06d}.json", lambda file: file.write(line + body))
+        with write_whole(self.folder / f"{number:06d}.json") as file:
+            file.write(line + body)
 
         kept = {f"{n:06d}.json" for n in (number, self.number)} | {*sums, *self.sha256}
         self.number, self.pieces, self.sha256 = number, pieces, sums
@@ -172,7 +182,8 @@ class Checkpoints:
         if new:
             piece = (replay.added - new, replay.added)
             data = replay.dump(new)
-            write_whole(self.folder / _piece_name(piece), lambda file: file.write(data))
+            with write_whole(self.folder / _piece_name(piece)) as file:
+                file.write(data)
             sums[_piece_name(piece)] = hashlib.sha256(data).hexdigest()
             pieces.append(piece)
         return pieces
@@ -309,25 +320,6 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
             "logged_at": torch.from_numpy(training.episode_logged_at.copy()),
         },
     }
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place, flush it to the disk and rename it: all of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too
-    finally:
-        os.close(folder)
 
 
 class _DamagedError(ValueError):

@@ -73,7 +73,7 @@ class DDPG:
         self.actor_target = self.targets.get("actor", self.actor)
         self.critic_target = self.targets.get("critic", self.critic)
         self.turns = Turns(target_every(config))
-        self.draws: list[tuple[Streams, tuple[int, ...]]] = []
+        self.draws = ()
         self.policy: nn.Module = self.actor
 
     def charts(self, step: int) -> dict[str, float]:

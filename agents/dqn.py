@@ -74,21 +74,19 @@ class DQN:
         total_steps: int,
     ) -> None:
         check(config)
-        self.config = config
+        c = self.config = config
         self.action_dim = action_dim
-        self.annealing_steps = config.exploration_fraction * total_steps
+        self.annealing_steps = c.exploration_fraction * total_steps
         self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
 
         init = generators(Purpose.INIT, seeds)
         network: Any = PixelQNetwork if isinstance(obs_dim, tuple) else QNetwork
-        self.q: QNetwork = network(obs_dim, action_dim, config.hidden, init).to(device)
-        self.descent = Descent(
-            {"q": self.q}, config.learning_rate, len(seeds), config.max_grad_norm
-        )
+        self.q: QNetwork = network(obs_dim, action_dim, c.hidden, init).to(device)
+        self.descent = Descent({"q": self.q}, c.learning_rate, len(seeds), c.max_grad_norm)
         self.targets = target_networks(config, {"q": self.q})
         self.q_target = self.targets.get("q", self.q)
         self.turns = Turns(target_every(config))
-        self.draws: list[tuple[Streams, tuple[int, ...]]] = []
+        self.draws = ()
         self.policy: nn.Module = self.q
 
     def epsilon(self, step: int) -> float:
@@ -132,9 +130,9 @@ class DQN:
                 q_next = q_next.amax(-1)
             y = r + self.config.gamma * (1 - terminated) * q_next  # [S, B]
 
-        # L = mean Huber(y - Q(s, a))
+        # L = mean Huber(y - Q(s, a)); a compiled smooth_l1_loss would lose a NaN
         q = self.q(s).gather(-1, a.long()).squeeze(-1)  # [S, B]
-        loss = F.smooth_l1_loss(q, y, reduction="none").mean(-1)  # [S]
+        loss = F.huber_loss(q, y, reduction="none").mean(-1)  # [S]
         self.descent.step("q", loss)
 
         # every C gradient steps: theta^- <- theta

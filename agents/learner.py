@@ -8,7 +8,7 @@ from torch import Tensor
 from agents.agent import Agent
 from agents.program import Build, Program
 from agents.replay import Batch, Replay
-from agents.seeding import Law, Streams, ahead
+from agents.seeding import Law, Streams, ahead, words_of
 
 
 class Learner:
@@ -46,18 +46,16 @@ class Learner:
         device, seeds = replay.rows.device, len(replay.rows)
         self.program = Program(self._step, device, build)
         self._making = Program(self._make, device)
-        self._drawn: list[tuple[Streams, Law, tuple[int, ...]]] = [
-            (sampling, "integer", (agent.config.batch_size,)),
-            *((streams, "normal", shape) for streams, shape in agent.draws),
-        ]
-        self._ahead = min(ahead(seeds, shape) for _, _, shape in self._drawn)
+        picks: tuple[Streams, Law, tuple[int]] = (sampling, "integer", (agent.config.batch_size,))
+        self._draws: list[tuple[Streams, Law, tuple[int, ...]]] = [picks, *agent.draws]
+        self._ahead = min(ahead(seeds, shape) for _, _, shape in self._draws)
         self._blocks = [
             torch.zeros(
                 (self._ahead, seeds, *shape),
                 dtype=torch.int64 if law == "integer" else torch.float32,
                 device=device,
             )
-            for _, law, shape in self._drawn
+            for _, law, shape in self._draws
         ]
         self._row = torch.zeros(1, dtype=torch.int64, device=device)  # of the next gradient step
         self._size = torch.ones((), dtype=torch.int64, device=device)  # of the replay buffer
@@ -87,7 +85,7 @@ class Learner:
             self._refill()
         self._left -= 1
         self._due -= 1
-        for streams, _, shape in self._drawn:
+        for streams, _, shape in self._draws:
             streams.use(*shape)
         return self.program(*self.agent.turns.next())
 
@@ -103,23 +101,28 @@ class Learner:
     def _refill(self) -> None:
         """Draw for the steps to come: on CPU those of this round, in the order of single steps."""
         if self.sampling.counted:
-            for streams, _, _ in self._drawn:
+            for streams in {draw[0] for draw in self._draws}:
                 streams.tell()
             self._making()
             self._left = self._ahead
             return
         self._left = min(self._ahead, self._due)
-        for (streams, law, shape), block in zip(self._drawn, self._blocks, strict=True):
-            if law == "integer":
-                block[: self._left] = streams.below(self.replay.size, self._left, *shape)
-            else:
-                for row in block[: self._left]:
-                    row.copy_(streams.normal(*shape))
+        picks, *others = self._blocks
+        picks[: self._left] = self.sampling.below(self.replay.size, self._left, picks.shape[-1])
+        for row in range(self._left):
+            for (streams, law, shape), block in zip(self.agent.draws, others, strict=True):
+                block[row] = streams.draw(law, shape)
         self._row.zero_()
 
     def _make(self) -> dict[str, Tensor]:
-        """The block of draws that follow on what the device was told."""
-        for (streams, law, shape), block in zip(self._drawn, self._blocks, strict=True):
-            block.copy_(streams.after(law, self._ahead, shape))
+        """The blocks of draws that follow on what the device was told."""
+        used: dict[Streams, int] = {}  # words of a step's draws from one stream
+        for streams, _, shape in self._draws:
+            used[streams] = used.get(streams, 0) + words_of(shape)
+        skip = dict.fromkeys(used, 0)
+        for (streams, law, shape), block in zip(self._draws, self._blocks, strict=True):
+            rows = streams.after(law, self._ahead, shape, skip=skip[streams], every=used[streams])
+            block.copy_(rows)
+            skip[streams] += words_of(shape)
         self._row.zero_()
         return {}

@@ -123,13 +123,12 @@ class Layers(torch.autograd.Function):
         layers = len(ctx.ids) // 2
         h, weights = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
         into_x, *into_weights = ctx.needs_input_grad
-        if (
-            dy.shape[-1] > 1 and dy.stride() != ctx.strides
-        ):  # the order of the sums below depends on it
+        # As y lies in memory: the order of the sums depends on it.
+        if dy.shape[-1] > 1 and dy.stride() != ctx.strides:
             dy = dy.new_empty_strided(dy.shape, ctx.strides).copy_(dy)
         slopes: list[Tensor | None] = [None] * len(ctx.ids)
         for i in reversed(range(layers)):
-            if into_weights[2 * i]:
+            if into_weights[2 * i] or into_weights[2 * i + 1]:
                 weight, bias = (_places.pop(ctx.ids[k], None) for k in (2 * i, 2 * i + 1))
                 slopes[2 * i] = torch.bmm(h[i].mT, dy, out=weight)
                 slopes[2 * i + 1] = torch.sum(dy, 1, keepdim=True, out=bias)
@@ -145,13 +144,13 @@ def set_gradients(loss: Tensor, weights: Sequence[nn.Parameter]) -> None:
     """weight.grad <- dL/dweight, whatever was there; in the same memory where an `MLP` can do so.
 
     Args:
-        loss: L, a number.
+        loss: L, or several, of which the sum is differentiated.
         weights: Leaves of its graph.
     """
     # The first to come to a weight takes the place; who comes later finds none, and autograd adds.
     _places.update((id(weight), weight.grad) for weight in weights if weight.grad is not None)
     try:
-        gradients = torch.autograd.grad(loss, weights)
+        gradients = torch.autograd.grad(loss, weights, torch.ones_like(loss))
     finally:
         for weight in weights:
             _places.pop(id(weight), None)

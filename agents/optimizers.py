@@ -55,7 +55,7 @@ class Descent:
             loss: L of every seed [S].
         """
         flat = self.flats[name]
-        set_gradients(loss.sum(), self.weights[name])
+        set_gradients(loss, self.weights[name])
         if self.max_grad_norm is None:
             norm = flat.grad_norm()
         else:

@@ -132,6 +132,9 @@ class FrameReplay(Replay):
 
     Attributes:
         frames: What lies in each place, uint8 [S, places, H, W].
+
+    Raises:
+        ValueError: The capacity is below 1, or needs more places than float32 can count, 2^24.
     """
 
     def __init__(
@@ -176,6 +179,9 @@ class FrameReplay(Replay):
             reward: [S, n].
             terminated: [S, n]; not truncated.
             next_obs: [S, n, K, H, W]; the real last observation where the episode ended.
+
+        Raises:
+            ValueError: n is above the capacity, or there are more places than float32 can count.
         """
         if obs.shape[1] > self.capacity:  # before a frame is stored
             raise ValueError(

@@ -6,15 +6,16 @@ environment steps that take effect between rounds of gradient steps; here they a
 steps which that comes to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from agents.agent import Agent, AgentConfig
 from agents.ddpg import DDPG, DDPGConfig
 from agents.dqn import DQN, DQNConfig
 from agents.sac import SAC, SACConfig
 from agents.td3 import TD3, TD3Config
 
-ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
+ALGORITHMS: dict[str, tuple[Callable[..., Agent], type[AgentConfig]]] = {
     "dqn": (DQN, DQNConfig),
     "ddpg": (DDPG, DDPGConfig),
     "sac": (SAC, SACConfig),
@@ -22,7 +23,7 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 """Name on the command line -> the agent and its config."""
 
-DEFAULT_STEPS = {"dqn": 100_000, "ddpg": 100_000, "sac": 100_000, "td3": 100_000}
+DEFAULT_STEPS = 100_000
 """Environment steps where no preset names them."""
 
 # zoo, dqn.yml: Acrobot-v1 and LunarLander-v2 share all but the target period, stated once
@@ -139,7 +140,7 @@ def preset(algo: str, env_id: str) -> tuple[Any, int]:
     An environment without a preset gets the algorithm's defaults.
 
     Args:
-        algo: "dqn", "ddpg", "sac" or "td3".
+        algo: A name of `ALGORITHMS`.
         env_id: Gymnasium's name of the environment.
 
     Raises:
@@ -152,6 +153,6 @@ def preset(algo: str, env_id: str) -> tuple[Any, int]:
     """
     if algo not in ALGORITHMS:
         raise ValueError(f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {algo!r}")
-    total_steps, values = PRESETS[algo].get(env_id, (DEFAULT_STEPS[algo], {}))
+    total_steps, values = PRESETS.get(algo, {}).get(env_id, (DEFAULT_STEPS, {}))
     config_class = ALGORITHMS[algo][1]
     return config_class(**values), total_steps

@@ -232,7 +232,11 @@ def _address(x: Tensor) -> int:
 
 
 def require_compiler() -> None:
-    """Raise a ValueError where Inductor finds no C++ compiler, or that no headers of Python."""
+    """Look for what Inductor needs on CPU.
+
+    Raises:
+        ValueError: There is no C++ compiler, or there are no headers of Python.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler  # a second, for those who want it
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -286,15 +290,6 @@ def _adam_(
             old.copy_(torch.where(finite, new, old))
 
 
-def _smooth_l1_backward(
-    slope: Tensor, x: Tensor, target: Tensor, reduction: int, beta: float
-) -> Tensor:
-    """The slope of the Huber loss, which Inductor's own takes to be 0 where an error is NaN."""
-    mean = 1 / x.numel() if reduction == 1 else 1.0
-    return slope * ((x - target) / beta).clamp(-1, 1) * mean
-
-
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._fused_adam_.default: _adam_,
-    torch.ops.aten.smooth_l1_loss_backward.default: _smooth_l1_backward,
 }

@@ -72,6 +72,9 @@ class Replay:
 
     Attributes:
         added: Transitions ever added per seed.
+
+    Raises:
+        ValueError: The capacity is below 1.
     """
 
     def __init__(
@@ -118,6 +121,9 @@ class Replay:
             reward: [S, n].
             terminated: [S, n]; not truncated.
             next_obs: [S, n, O]; the real last observation where the episode ended.
+
+        Raises:
+            ValueError: n is above the capacity.
         """
         members, n, obs_dim = obs.shape
         if n > self.capacity:

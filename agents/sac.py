@@ -32,7 +32,7 @@ from agents.agent import AgentConfig, Turns, check
 from agents.networks import Critic, GaussianActor
 from agents.optimizers import Descent
 from agents.replay import Batch
-from agents.seeding import Purpose, Streams, generators
+from agents.seeding import Draw, Purpose, Streams, generators
 from agents.targets import target_every, target_networks
 
 
@@ -87,7 +87,9 @@ class SAC:
         self.targets = target_networks(config, {"critic": self.critic})
         self.critic_target = self.targets.get("critic", self.critic)
         self.turns = Turns(target_every(config))
-        self.draws = [(self.reparameterisation, (2, config.batch_size, action_dim))]
+        self.draws: list[Draw] = [
+            (self.reparameterisation, "normal", (2, config.batch_size, action_dim))
+        ]
         self.policy: nn.Module = self.actor
 
     def charts(self, step: int) -> dict[str, float]:

@@ -84,15 +84,18 @@ class Streams:
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers [S, *shape]."""
-        if self.counted:
-            return self._next("normal", shape)
-        return torch.stack([torch.randn(shape, generator=g) for g in self._generators])
+        return self.draw("normal", shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """Numbers [S, *shape] from [0, 1)."""
+        return self.draw("uniform", shape)
+
+    def draw(self, law: Literal["normal", "uniform"], shape: tuple[int, ...]) -> Tensor:
+        """Numbers [S, *shape] by their law."""
         if self.counted:
-            return self._next("uniform", shape)
-        return torch.stack([torch.rand(shape, generator=g) for g in self._generators])
+            return self._next(law, shape)
+        make = torch.randn if law == "normal" else torch.rand
+        return torch.stack([make(shape, generator=g) for g in self._generators])
 
     def below(self, high: int, calls: int, size: int) -> Tensor:
         """What so many calls for `size` integers from [0, high) give: [calls, S, size]."""
@@ -109,17 +112,27 @@ class Streams:
         """Tell the device the position of a counted stream."""
         self._start.fill_(self.position)
 
-    def after(self, law: Law, calls: int, shape: tuple[int, ...]) -> Tensor:
+    def after(
+        self, law: Law, calls: int, shape: tuple[int, ...], *, skip: int = 0, every: int = 0
+    ) -> Tensor:
         """What calls of a counted stream give after the position that the device was told.
 
         Nothing is counted, so that it can be one program: see `use`.
 
+        Args:
+            law: Standard normal numbers, uniform ones from [0, 1), or 32 bits as integers.
+            calls: How many.
+            shape: Of each seed's numbers in a call.
+            skip: Words that go before the first of them.
+            every: Words from one call to the next; 0: they follow on each other.
+
         Returns:
-            Numbers [calls, S, *shape]: standard normal, from [0, 1), or 32 bits as integers.
+            Numbers [calls, S, *shape].
         """
-        count, words = math.prod(shape), _words(shape)
-        index = torch.arange(calls * words, device=self.device).add_(self._start)
-        bits = splitmix64(self._keys, index).view(-1, calls, words).transpose(0, 1)
+        count, words = math.prod(shape), words_of(shape)
+        first = torch.arange(calls, device=self.device).mul_(every or words).add_(self._start)
+        index = first.unsqueeze(1) + torch.arange(skip, skip + words, device=self.device)
+        bits = splitmix64(self._keys, index.unsqueeze(1))  # [calls, S, words]
         high, low = bits.bitwise_right_shift(32).bitwise_and_(_LOW), bits.bitwise_and(_LOW)
         if law == "normal":  # Box & Muller 1958
             radius = high.add_(1).float().mul_(2**-32).log_().mul_(-2).sqrt_()
@@ -134,7 +147,7 @@ class Streams:
     def use(self, *shape: int, calls: int = 1) -> None:
         """Count calls as made; of torch's generators they are counted by themselves."""
         if self.counted:
-            self.position += calls * _words(shape)
+            self.position += calls * words_of(shape)
 
     def _next(self, law: Law, shape: tuple[int, ...]) -> Tensor:
         """One call, from those that were made ahead."""
@@ -158,6 +171,10 @@ class Streams:
             generator.set_state(place)
 
 
+Draw = tuple[Streams, Literal["normal", "uniform"], tuple[int, ...]]
+"""Numbers that a gradient step takes: from where, by which law, and the shape of each seed's."""
+
+
 def splitmix64(key: Tensor, index: Tensor) -> Tensor:
     """Word number `index` of the stream that begins at `key`: 64 bits as a signed integer.
 
@@ -177,7 +194,7 @@ def ahead(seeds: int, shape: Sequence[int]) -> int:
     return max(1, min(64, 2**24 // (seeds * math.prod(shape))))
 
 
-def _words(shape: Sequence[int]) -> int:
+def words_of(shape: Sequence[int]) -> int:
     """How many words a call for numbers of this shape takes: two numbers come from one."""
     return -(-math.prod(shape) // 2)
 

@@ -30,7 +30,7 @@ from agents.ddpg import DDPGConfig
 from agents.networks import Critic, DeterministicActor
 from agents.optimizers import Descent
 from agents.replay import Batch
-from agents.seeding import Purpose, Streams, generators
+from agents.seeding import Draw, Purpose, Streams, generators
 from agents.targets import target_every, target_networks
 
 
@@ -77,7 +77,7 @@ class TD3:
         self.actor_target = self.targets.get("actor", self.actor)
         self.critic_target = self.targets.get("critic", self.critic)
         self.turns = Turns(config.policy_delay, target_every(config, soft=config.policy_delay))
-        self.draws = [(self.smoothing, (config.batch_size, action_dim))]
+        self.draws: list[Draw] = [(self.smoothing, "normal", (config.batch_size, action_dim))]
         self.policy: nn.Module = self.actor
 
     def charts(self, step: int) -> dict[str, float]:

@@ -265,7 +265,11 @@ class Training:
         self.skipped += len({gradient.row for gradient in bad})
 
     def evaluate(self) -> None:
-        """Play the evaluation episodes with the policy of every scheme."""
+        """Play the evaluation episodes with the policy of every scheme.
+
+        Raises:
+            NonFiniteError: A gradient was not finite.
+        """
         weights = {scheme: give() for scheme, give in self.schemes.items()}
         states = {scheme: state for scheme, state in weights.items() if state is not None}
         self.evaluations = self.play(states, self.eval_seeds)
@@ -285,6 +289,9 @@ class Training:
 
         Returns:
             Name -> returns and lengths [S, E].
+
+        Raises:
+            NonFiniteError: A gradient was not finite.
         """
         self.require_finite()
         policy = stack_members(self.agent.policy, list(states.values()))

@@ -1,6 +1,7 @@
 """Target networks and weight averaging for deep reinforcement learning in PyTorch."""
 
 from polyak_rl.average import AverageBank, refresh_batch_norm
+from polyak_rl.choose import Choice, choose, one_by_one
 from polyak_rl.flat import Flat, FlatParameter, flatten_
 from polyak_rl.optim import ASGD, PolyakSGD, polyak_stepsize
 from polyak_rl.recorder import PolicyAverages
@@ -24,6 +25,7 @@ __all__ = [
     "ASGD",
     "AverageBank",
     "Between",
+    "Choice",
     "Ema",
     "Flat",
     "FlatParameter",
@@ -39,8 +41,10 @@ __all__ = [
     "Timeline",
     "Uniform",
     "Window",
+    "choose",
     "flatten_",
     "hard_update",
+    "one_by_one",
     "parse_rule",
     "polyak_stepsize",
     "refresh_batch_norm",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyak_rl.buffers import Buffers
 from polyak_rl.guard import Guard, all_finite, check_guard
-from polyak_rl.plan import Buffers
 from polyak_rl.rules import Rule, Stretch, Window, describe_rule, require_int
 from polyak_rl.vector import Averages, WeightVector, require_online
 

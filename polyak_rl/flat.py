@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from polyak_rl.pairing import Entry, Pair, Watch, find_overlap, unwrap, walk
+from polyak_rl.pairing import Beside, Entry, Pair, Watch, find_overlap, unwrap, walk
 
 ALIGNMENT = 64  # bytes; a view off 16 bytes changes the bits of some matrix products
 _ROW = 256  # bytes; whole vectors of any width, so that no element's bits depend on its neighbours
 
-_flat: WeakKeyDictionary[nn.Module, Flat] = WeakKeyDictionary()
+_flat: Beside[Flat] = Beside()
 
 
 class Slot(NamedTuple):
@@ -104,6 +104,7 @@ class Flat:
         self.layout: dict[_Group, tuple[Slot, ...]] = {}
         self._trained: list[tuple[str, Tensor, Tensor]] = []  # each with its place in the gradient
         self._frozen: list[tuple[str, Tensor]] = []
+        self._homes: list[tuple[Tensor, Tensor]] = []  # each parameter with its place in a buffer
         for group, entries in groups.items():
             self._lay(group, entries)
         self._watch = Watch(module, kinds=["_parameters"])
@@ -112,7 +113,11 @@ class Flat:
 
     def intact(self) -> bool:
         """True while every parameter still lies where :func:`flatten_` put it."""
-        return self._watch.intact()
+        if self._watch.intact():
+            return True
+        # share_memory() and sending to another process move a buffer with all that is in it.
+        together = all(tensor.data_ptr() == home.data_ptr() for tensor, home in self._homes)
+        return together and self._watch.look_again()
 
     def gather_gradients(self) -> None:
         """Bring gradients that were dropped, or put elsewhere, back into the buffer.
@@ -193,6 +198,7 @@ class Flat:
             view = self.view(buffer, slot)
             view.copy_(entry.tensor.detach())
             entry.tensor.data = view
+            self._homes.append((entry.tensor, view))
         if not entries[0].tensor.requires_grad:
             self._frozen += [(entry.name, entry.tensor) for entry in entries]
             return
@@ -232,7 +238,10 @@ def flatten_(module: nn.Module, *, members: int | None = None) -> Flat:
     by tensor; an optimizer on the flat parameters raises at its next step, and so it does where a
     parameter was frozen or unfrozen; calling ``flatten_`` again lays the network anew. Deep copies
     and unpickled networks are ordinary, not flat. ``torch.save`` writes the buffer once; plain
-    ``pickle`` would write it once a parameter, so pickle a deep copy.
+    ``pickle`` would write it once a parameter, so pickle a deep copy. Formats that want tensors
+    with memory of their own (safetensors) are given
+    ``{name: x.clone(memory_format=torch.contiguous_format) for name, x in state_dict.items()}``
+    and loaded by ``load_state_dict``.
 
     Args:
         module: the network; flattening a flat one returns what it has.
@@ -263,8 +272,17 @@ def flatten_(module: nn.Module, *, members: int | None = None) -> Flat:
     groups = _grouped(module, members)
     known = flat_of(module)
     if known is None or known.members != members or _names(known.layout) != _names(groups):
-        known = _flat[module] = Flat(module, groups, members)
+        with lasting():
+            known = Flat(module, groups, members)
+        _flat[module] = known
     return known
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """What is made inside outlives the inference mode that the caller may be in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def flatten_like_(module: nn.Module, other: nn.Module) -> None:
@@ -287,7 +305,8 @@ def flatten_like_(module: nn.Module, other: nn.Module) -> None:
         for entry in members
     )
     if alike and not any(id(entry.tensor) in theirs for entry in entries.values()):
-        _flat[module] = Flat(module, groups, known.members)
+        with lasting():
+            _flat[module] = Flat(module, groups, known.members)
 
 
 def coalesce(pairs: list[Pair], target: nn.Module, online: nn.Module) -> list[Pair]:

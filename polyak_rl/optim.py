@@ -7,14 +7,18 @@ second chooses how far to step.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from operator import call
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
+
+from polyak_rl.flat import lasting
 
 Variant = Literal["sps_max", "sps+", "sps_smooth", "alig"]
 VARIANTS = ("sps_max", "sps+", "sps_smooth", "alig")
@@ -54,9 +58,12 @@ def polyak_stepsize(
     # A zero gradient is given the harmless fraction 0 / 1: 0 / 0 would be NaN, and so would its
     # derivative even where the value is masked afterwards. NaN itself is not <= eps, and shows.
     flat = squared_norm <= eps
-    gap = torch.where(flat, 0.0, value - f_min)
-    step = gap / torch.where(flat, 1.0, squared_norm + delta)
-    return step.clamp_min(0.0).clamp_max(max_stepsize)
+    gap = value if isinstance(f_min, float) and f_min == 0 else value - f_min
+    denominator = squared_norm + delta if delta else squared_norm
+    step = torch.where(flat, 0.0, gap) / torch.where(flat, 1.0, denominator)
+    if isinstance(max_stepsize, Tensor):
+        return step.clamp_min(0.0).clamp_max(max_stepsize)
+    return step.clamp(0.0, max_stepsize)
 
 
 class ASGD(torch.optim.ASGD):
@@ -147,6 +154,11 @@ class ASGD(torch.optim.ASGD):
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state; one that does not fit raises ValueError and changes nothing."""
+        _require_fitting(self, state_dict, "ax", ("step", "eta", "mu"))
+        super().load_state_dict(state_dict)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the average into the parameters for the length of a `with` block.
@@ -159,22 +171,32 @@ class ASGD(torch.optim.ASGD):
             RuntimeError: no step has been taken yet, or one is taken inside the block.
         """
         averages = self._averages()
-        last = {p: p.detach().clone() for p in averages}
+        parameters = [p.detach() for p in averages]
+        last, inside = [p.clone() for p in parameters], True
+        hooks: list[Any] = []
 
         def refuse(*_: Any) -> None:
-            raise RuntimeError("step() inside averaged() would train the average: leave it first")
+            if inside:
+                raise RuntimeError(
+                    "step() inside averaged() would train the average: leave it first"
+                )
 
-        hook = self.register_step_pre_hook(refuse)
+        def leave() -> None:
+            nonlocal inside
+            torch._foreach_copy_(parameters, last)
+            inside = False
+            for hook in hooks:
+                hook.remove()
+
         try:
-            with torch.no_grad():
-                for p, average in averages.items():
-                    p.copy_(average)
-            yield
-        finally:
-            hook.remove()
-            with torch.no_grad():
-                for p, value in last.items():
-                    p.copy_(value)
+            try:
+                hooks.append(self.register_step_pre_hook(refuse))
+                torch._foreach_copy_(parameters, [*averages.values()])
+                yield
+            finally:
+                leave()
+        finally:  # once more: an interrupt may have come in between
+            leave()
 
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """Return a copy of `model.state_dict()` that holds the average in place of the parameters.
@@ -233,7 +255,8 @@ class PolyakSGD(Optimizer):
 
     Args:
         params: tensors, named tensors or parameter groups; a group may set `lr` (or
-            `max_stepsize`), `delta`, `c`, `momentum`, `variant`, `growth` and `skip_nonfinite`.
+            `max_stepsize`), `delta`, `c`, `momentum`, `variant`, `growth`, `init_stepsize` and
+            `skip_nonfinite`.
         max_stepsize: initial cap, >= 0; 0 stands still, infinity leaves the step uncapped.
         f_min: smallest value of the loss, a number, or a function called without arguments at
             each step (under a CUDA graph it should return a device tensor that is kept current).
@@ -243,6 +266,8 @@ class PolyakSGD(Optimizer):
         variant: see the table.
         c: > 0; SPS's constant, 0.5 doubles the step.
         growth: >= 1, for "sps_smooth": 2 ** (1 / batches per epoch) in the paper; 1 never grows.
+        init_stepsize: > 0, for "sps_smooth": what the first step grows from; 1 in the authors'
+            code, infinity leaves the first step to the cap.
         skip_nonfinite: leave parameters and velocity untouched at a step whose loss or gradient
             is not finite (a step size of 0 is shown); otherwise NaN spreads, as in SGD.
 
@@ -281,6 +306,7 @@ class PolyakSGD(Optimizer):
         *,
         c: float = 1.0,
         growth: float = 2.0,
+        init_stepsize: float = 1.0,
         skip_nonfinite: bool = False,
     ) -> None:
         if not callable(f_min) and not math.isfinite(f_min):
@@ -293,6 +319,7 @@ class PolyakSGD(Optimizer):
             "variant": variant,
             "c": c,
             "growth": growth,
+            "init_stepsize": init_stepsize,
             "skip_nonfinite": skip_nonfinite,
         }
         super().__init__(params, defaults)
@@ -305,9 +332,27 @@ class PolyakSGD(Optimizer):
         """Add a group of parameters, its options validated like the constructor's."""
         if "max_stepsize" in param_group:
             param_group["lr"] = param_group.pop("max_stepsize")
-        options = {**self.defaults, **param_group}
-        if not float(options["lr"]) >= 0:
-            raise ValueError(f"max_stepsize must be at least 0, got {options['lr']}")
+        self._check(options := {**self.defaults, **param_group})
+        with lasting():
+            for name, start in (
+                ("stepsize", 0.0),
+                ("last_positive_stepsize", options["init_stepsize"]),
+            ):
+                param_group.setdefault(name, torch.tensor(start, dtype=torch.float32, device="cpu"))
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state; one that does not fit raises ValueError and changes nothing."""
+        _require_fitting(self, state_dict, "velocity")
+        super().load_state_dict(state_dict)
+
+    @staticmethod
+    def _check(options: dict[str, Any]) -> None:
+        cap = options["lr"]
+        if isinstance(cap, Tensor) and cap.numel() != 1:
+            raise ValueError(f"max_stepsize must be one number, got shape {tuple(cap.shape)}")
+        if not float(cap) >= 0:
+            raise ValueError(f"max_stepsize must be at least 0, got {cap}")
         if not 0 <= options["delta"] < math.inf:
             raise ValueError(f"delta must be at least 0 and finite, got {options['delta']}")
         if not 0 <= options["momentum"] < 1:
@@ -318,9 +363,12 @@ class PolyakSGD(Optimizer):
             raise ValueError(f"c must be positive and finite, got {options['c']}")
         if not 1 <= options["growth"] < math.inf:
             raise ValueError(f"growth must be at least 1 and finite, got {options['growth']}")
-        param_group.setdefault("stepsize", torch.tensor(0.0))
-        param_group.setdefault("last_positive_stepsize", torch.tensor(math.inf))
-        super().add_param_group(param_group)
+        if not options["init_stepsize"] > 0:
+            raise ValueError(f"init_stepsize must be positive, got {options['init_stepsize']}")
+        for name in ("stepsize", "last_positive_stepsize"):
+            number = options.get(name, 0.0)
+            if torch.as_tensor(number).numel() != 1 or not float(number) >= 0:
+                raise ValueError(f"{name} must be one number of at least 0, got {number}")
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # the loss may be given in place of a closure
@@ -350,38 +398,50 @@ class PolyakSGD(Optimizer):
             return loss
         squared_norm = _squared_norm(gradients)
         value = torch.as_tensor(loss, dtype=squared_norm.dtype, device=squared_norm.device)
+        gap = value.detach().reshape(())
         f_min = self.f_min() if callable(self.f_min) else self.f_min
-        gap = value.detach().reshape(()) - f_min
-        finite = gap.isfinite() & squared_norm.isfinite()
+        if isinstance(f_min, Tensor):
+            gap = gap - f_min.reshape(())
+        elif f_min != 0:
+            gap = gap - f_min
+        guarded = any(group["skip_nonfinite"] for group in self.param_groups)
+        finite = gap.isfinite() & squared_norm.isfinite() if guarded else None
+        writes: list[Callable[[], object]] = []
         for group in self.param_groups:
-            _set_stepsize(group, gap, squared_norm, finite)
-            self._move(group, finite)
+            stepsize, counted = _stepsize(group, gap, squared_norm, finite)
+            writes += counted + self._moves(group, stepsize, finite)
+        # One call of C: an interrupt is served before or after all of it, never in between.
+        [*map(call, writes)]
         return loss
 
-    def _move(self, group: dict[str, Any], finite: Tensor) -> None:
+    def _moves(
+        self, group: dict[str, Any], stepsize: Tensor, finite: Tensor | None
+    ) -> list[Callable[[], object]]:
+        """The calls that write the group's new parameters and velocities, which are ready."""
         params = [p for p in group["params"] if p.grad is not None]
         momentum = group["momentum"]
         velocities = [self._velocity(p) for p in params] if momentum != 0 else []
-        written = params + velocities
-        before = [t.clone() for t in written] if group["skip_nonfinite"] else []
-
+        writes: list[Callable[[], object]] = []
+        new: Sequence[Tensor]
         for x, g, *velocity in _buckets(params, _gradients(params), velocities):
-            step_g = torch._foreach_mul(g, group["stepsize"].to(x[0].device))
+            step_g = torch._foreach_mul(g, stepsize.to(x[0].device))
             if momentum == 0:
-                torch._foreach_sub_(x, step_g)
-                continue
-            (v,) = velocity
-            torch._foreach_mul_(v, momentum)  # v <- m v - step g
-            torch._foreach_sub_(v, step_g)
-            if group["variant"] == "alig":  # x <- x - step g + m v
-                torch._foreach_sub_(x, step_g)
-                torch._foreach_add_(x, v, alpha=momentum)
-            else:  # x <- x + v
-                torch._foreach_add_(x, v)
-
-        if group["skip_nonfinite"]:
-            for tensor, old in zip(written, before, strict=True):
-                tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
+                written, new = x, torch._foreach_sub(x, step_g)
+            else:
+                (v,) = velocity
+                new_v = torch._foreach_mul(v, momentum)  # v <- m v - step g
+                torch._foreach_sub_(new_v, step_g)
+                if group["variant"] == "alig":  # x <- x - step g + m v
+                    new_x = torch._foreach_sub(x, step_g)
+                    torch._foreach_add_(new_x, new_v, alpha=momentum)
+                else:  # x <- x + v
+                    new_x = torch._foreach_add(x, new_v)
+                written, new = x + v, [*new_x, *new_v]
+            if group["skip_nonfinite"] and finite is not None:
+                kept = finite.to(x[0].device)
+                new = [torch.where(kept, a, b) for a, b in zip(new, written, strict=True)]
+            writes.append(partial(torch._foreach_copy_, written, new))
+        return writes
 
     def _velocity(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -406,36 +466,72 @@ def _squared_norm(gradients: list[Tensor]) -> Tensor:
     """Return |g|^2 over all tensors, in float32 at least, on the first tensor's device."""
     if any(g.is_sparse for g in gradients):
         raise ValueError("PolyakSGD takes dense gradients, got a sparse one")
-    total = torch.zeros((), device=gradients[0].device)
+    squares = []
     for (bucket,) in _buckets(gradients):
         # A squared norm soon leaves the range of float16, and bfloat16 has 3 digits for it.
         wide = torch.float32 if bucket[0].dtype.itemsize == 2 else None
-        norms = torch.stack(torch._foreach_norm(bucket, 2, wide))
-        total = total + norms.square().sum().to(total.device)
+        norms = torch._foreach_norm(bucket, 2, wide)
+        norm = torch.stack(norms) if len(norms) > 1 else norms[0].reshape(1)
+        squares.append(norm.dot(norm))
+    total, *others = squares
+    for square in others:
+        total = total + square.to(total.device)
     return total
 
 
-def _set_stepsize(group: dict[str, Any], gap: Tensor, squared_norm: Tensor, finite: Tensor) -> None:
-    """Write this step's size into `group["stepsize"]`, in place so that a CUDA graph sees it."""
+def _stepsize(
+    group: dict[str, Any], gap: Tensor, squared_norm: Tensor, finite: Tensor | None
+) -> tuple[Tensor, list[Callable[[], object]]]:
+    """This step's size, and the calls that note it in the group: in place, for a CUDA graph."""
     for name in ("stepsize", "last_positive_stepsize"):
         if group[name].device != gap.device or group[name].dtype != gap.dtype:
             if gap.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("take one PolyakSGD step before capturing a CUDA graph")
             group[name] = group[name].to(gap)  # the first step, or a model that has moved
 
-    cap = group["lr"]
+    cap, last = group["lr"], group["last_positive_stepsize"]
+    if isinstance(cap, Tensor):
+        cap = cap.reshape(())
     if group["variant"] == "sps_smooth":
-        cap = (group["growth"] * group["last_positive_stepsize"]).clamp_max(cap)
+        cap = (group["growth"] * last).clamp_max(cap)
     stepsize = polyak_stepsize(
         gap,
-        group["c"] * squared_norm,
+        squared_norm if group["c"] == 1 else group["c"] * squared_norm,
         cap,
         delta=group["delta"],
         eps=torch.finfo(gap.dtype).eps if group["variant"] == "sps+" else 0.0,
     )
-    if group["skip_nonfinite"]:
+    if group["skip_nonfinite"] and finite is not None:
         stepsize = torch.where(finite, stepsize, 0.0)
-    group["stepsize"].copy_(stepsize)
-    # A zero step says nothing about the next one: growing from 0 would stand still for ever.
-    last = group["last_positive_stepsize"]
-    last.copy_(torch.where(stepsize > 0, stepsize, last))
+    writes: list[Callable[[], object]] = [partial(group["stepsize"].copy_, stepsize)]
+    if group["variant"] == "sps_smooth":
+        # A zero step says nothing about the next one: growing from 0 would stand still for ever.
+        writes.append(partial(last.copy_, torch.where(stepsize > 0, stepsize, last)))
+    return stepsize, writes
+
+
+def _require_fitting(
+    optimizer: ASGD | PolyakSGD, saved: StateDict, per_element: str, numbers: Iterable[str] = ()
+) -> None:
+    """Raise ValueError where torch would load a state that does not fit, and fail at a step."""
+    ours, theirs = optimizer.param_groups, saved.get("param_groups", [])
+    sizes = [[len(group.get("params", ())) for group in groups] for groups in (ours, theirs)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the state is of groups of {sizes[1]} parameters, not of {sizes[0]}")
+    for group, saved_group in zip(ours, theirs, strict=True):
+        try:
+            optimizer._check({**optimizer.defaults, **saved_group})
+        except TypeError as error:
+            raise ValueError(f"the state has an option of another type: {error}") from error
+        for parameter, i in zip(group["params"], saved_group["params"], strict=True):
+            state = saved.get("state", {}).get(i, {})
+            tensor = state.get(per_element, parameter)
+            if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{per_element!r} of parameter {i} must have the shape "
+                    f"{tuple(parameter.shape)}, got {tuple(getattr(tensor, 'shape', ()))}"
+                )
+            for name in numbers:
+                number = torch.as_tensor(state.get(name, 0.0))
+                if number.numel() != 1 or not 0 <= float(number) < math.inf:
+                    raise ValueError(f"{name!r} of parameter {i} must be a number >= 0")

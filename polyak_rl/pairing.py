@@ -11,17 +11,17 @@ Everything here runs before the first write: a pairing that cannot be trusted ra
 - Sharded tensors (DTensor) are matched with tensors that are sharded alike. What FSDP2 gathered
   for a forward pass is put back first, so that the shards are what is read and written.
 - Tied tensors are paired once. A target that shares memory with the online network, or with
-  itself in part, is refused, and so are swapped arguments where they can be noticed.
+  itself in part, is refused.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from operator import is_, itemgetter, le
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from weakref import ref
 
 import torch
@@ -45,7 +45,11 @@ _WRAPPERS = (
     ("torch.optim.swa_utils", "AveragedModel", "module"),
 )
 _START, _END = itemgetter(0), itemgetter(1)
+_data_ptr = Tensor.data_ptr
 _PRIVATE_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+_T = TypeVar("_T")
 
 
 class Pair(NamedTuple):
@@ -68,6 +72,31 @@ class Entry(NamedTuple):
     key: str
 
 
+class Beside(Generic[_T]):
+    """One thing kept beside each module for as long as that lives.
+
+    Modules are told apart by identity: a ``WeakKeyDictionary`` asks for their ``==``, which need
+    not be a bool (TorchRL's ``TensorDictParams``).
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[ref[nn.Module], _T]] = {}
+
+    def get(self, module: nn.Module) -> _T | None:
+        """What is kept beside the module, or None."""
+        known = self._kept.get(id(module))
+        return known[1] if known is not None and known[0]() is module else None
+
+    def __setitem__(self, module: nn.Module, value: _T) -> None:
+        key, kept = id(module), self._kept
+
+        def forget(gone: ref[nn.Module]) -> None:
+            if key in kept and kept[key][0] is gone:
+                del kept[key]
+
+        kept[key] = (ref(module, forget), value)
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The network inside ``torch.compile``, DDP, FSDP, ``AveragedModel`` and the like."""
     while True:
@@ -84,6 +113,11 @@ def unwrap(module: nn.Module) -> nn.Module:
 def walk(module: nn.Module, prefix: str = "") -> Iterator[Entry]:
     """Every parameter and buffer by qualified name, wrappers looked through, ties kept."""
     module = unwrap(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{prefix[:-1] or type(module).__name__!r} is TorchScript, whose tensors cannot be "
+            "watched: give dict(network.named_parameters()) of both networks"
+        )
     if _is_fsdp(module):
         module.reshard()  # type: ignore[operator]
     for key, parameter in module._parameters.items():
@@ -96,6 +130,13 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[Entry]:
     for key, child in module._modules.items():
         if child is not None:
             yield from walk(child, f"{prefix}{key}.")
+
+
+def saved_beside(module: nn.Module) -> dict[str, Tensor]:
+    """What the state dict of a module has beside its tensors: the clock of a target inside it."""
+    inside = {entry.name for entry in walk(module)}
+    saved = _strip("module", unwrap(module).state_dict())
+    return {name: x for name, x in saved.items() if name not in inside and isinstance(x, Tensor)}
 
 
 def is_sharded(tensor: object) -> bool:
@@ -132,7 +173,7 @@ class Watch:
         self._before = [dict(registry) for registry in self._registries]
         held = [(r, key, member) for r in self._registries for key, member in r.items()]
         self._tensors = [member for *_, member in held if isinstance(member, Tensor)]
-        self._scalars = [x for x in held if isinstance(x[2], Tensor) and x[2].numel() == 1]
+        self._equal_to_others = [x for x in held if _may_equal_another(x[2])]
         self._sharded = any(map(is_sharded, self._tensors))
         self._fsdp = [ref(submodule) for submodule in inside if _is_fsdp(submodule)]
         self._places = self._find()
@@ -146,18 +187,23 @@ class Watch:
         if self._sharded:
             return self._sharded_intact()
         # This runs at every update. Comparing dicts is the fastest look at all members, and ends
-        # at their identity if they are the same. Other tensors are compared by value, which
-        # raises, but for those of one element.
+        # at their identity if they are the same. Others are compared by ==, which for a tensor
+        # raises; a few may be equal to another one, and are looked at one by one.
         try:
             same = self._registries == self._before
-        except RuntimeError:
+        except Exception:
             return False
         if not same or any(self._empty):
             return False
-        for registry, key, scalar in self._scalars:
-            if registry[key] is not scalar:
+        for registry, key, member in self._equal_to_others:
+            if registry[key] is not member:
                 return False
-        return self._find() == self._places
+        return [*map(_data_ptr, self._tensors)] == self._places
+
+    def look_again(self) -> bool:
+        """Take the memory in which the tensors are now for theirs; False if they are others."""
+        self._places = self._find()
+        return self.intact()
 
     def _sharded_intact(self) -> bool:
         for module in filter(None, [reference() for reference in self._fsdp]):
@@ -178,11 +224,16 @@ class Watch:
     def _find(self) -> list[int]:
         if self._sharded:
             return [shard_of(tensor).data_ptr() for tensor in self._tensors]
-        return [*map(Tensor.data_ptr, self._tensors)]
+        return [*map(_data_ptr, self._tensors)]
 
 
 def match(
-    target: Network, online: Network, exclude: Sequence[str] = (), *, writes: bool = True
+    target: Network,
+    online: Network,
+    exclude: Sequence[str] = (),
+    *,
+    keeps: Callable[[str], bool] = lambda _: False,
+    writes: bool = True,
 ) -> list[Pair]:
     """Pair the tensors of ``target`` with those of ``online``, each target tensor once.
 
@@ -190,29 +241,64 @@ def match(
         target: what is written.
         online: what is read.
         exclude: name patterns (``fnmatch``) that are left out; each must match something.
+        keeps: says by name which buffers are left alone: they may differ in whatever they like,
+            and are among the pairs where both networks have them.
         writes: False where the target is only compared: sharing memory does no harm then, and tied
             tensors keep all their names.
 
     Raises:
         ValueError: a name is missing or extra, a shape, device or kind of number differs, nothing
-            matches, memory is shared, or the arguments look swapped. Nothing has been written.
+            matches, or memory is shared. Nothing has been written.
         TypeError: an argument is not a network, or a member of it is not a tensor.
     """
-    pairs = _pair(target, online)
+    pairs = _pair(target, online, keeps)
     require_matches("exclude", exclude, [pair.name for pair in pairs])
     if exclude:
         pairs = [pair for pair in pairs if not matches_any(pair.name, exclude)]
     positional = not isinstance(target, nn.Module | Mapping)
     if not pairs and not positional:
         raise ValueError("nothing to update: target and online have no tensor in common")
+    kept = [pair for pair in pairs if pair.is_buffer and keeps(pair.name)]
+    if kept:
+        pairs = [pair for pair in pairs if not (pair.is_buffer and keeps(pair.name))]
     for pair in pairs:
         _check_pair(pair)
-    if writes:
-        _check_direction(pairs)
-        if not _apart([tensor for pair in pairs for tensor in (pair.target, pair.online)]):
-            pairs = _drop_ties(pairs)
-            _check_memory(pairs)
-    return pairs
+    if writes and not _apart([tensor for pair in pairs for tensor in (pair.target, pair.online)]):
+        pairs = _drop_ties(pairs)
+        _check_memory(pairs)
+    return pairs + kept
+
+
+def require_direction(pairs: Iterable[Pair]) -> None:
+    """Raise where an average would go the wrong way, which training has left its marks on.
+
+    What ``requires_grad`` says is no proof: a critic is frozen during the actor's step while its
+    target never was, and a network may be set back to its target. A destination that has gradients
+    and a source that neither has nor takes any are a network and its target.
+    """
+    pairs = [*pairs]
+    trained = [pair for pair in pairs if pair.target.is_leaf and pair.target.grad is not None]
+    if trained and not any(
+        pair.online.requires_grad or (pair.online.is_leaf and pair.online.grad is not None)
+        for pair in pairs
+    ):
+        raise ValueError(
+            f"target {trained[0].name!r} has a gradient, and online is frozen and has none: the "
+            "arguments look swapped (the destination comes first). If they are not, clear the "
+            "gradients of the destination first"
+        )
+
+
+def detached(pairs: list[Pair]) -> list[Pair]:
+    """The same pairs apart from any graph."""
+    return [Pair(p.name, p.target.detach(), p.online.detach(), p.is_buffer) for p in pairs]
+
+
+def shards(pairs: list[Pair]) -> list[Pair]:
+    """Pairs of what this process holds: all of a plain tensor, its shard of a DTensor."""
+    if not any(is_sharded(pair.target) for pair in pairs):
+        return pairs
+    return [Pair(p.name, shard_of(p.target), shard_of(p.online), p.is_buffer) for p in pairs]
 
 
 def require_matches(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
@@ -239,18 +325,25 @@ def _submodules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _submodules(child)
 
 
+def _may_equal_another(member: object) -> bool:
+    """True where ``==`` does not tell this member of a module from another one."""
+    if isinstance(member, Tensor):
+        return member.numel() == 1
+    return type(member).__eq__ is not object.__eq__
+
+
 def _is_fsdp(module: nn.Module) -> bool:
     """True for what ``fully_shard`` (FSDP2) was called on; without an import, as in unwrap()."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return kind is not None and isinstance(module, kind)
 
 
-def _pair(target: Network, online: Network) -> list[Pair]:
+def _pair(target: Network, online: Network, keeps: Callable[[str], bool]) -> list[Pair]:
     if target is online:
         raise ValueError("target and online are the same object: an average needs two networks")
     by_name = [isinstance(network, nn.Module | Mapping) for network in (target, online)]
     if all(by_name):
-        return _pair_by_name(target, online)  # type: ignore[arg-type]
+        return _pair_by_name(target, online, keeps)  # type: ignore[arg-type]
     if any(by_name):
         raise TypeError(
             "target and online must both have names (modules, mappings) or both be sequences, "
@@ -282,7 +375,9 @@ def _pair_by_position(target: list[Tensor], online: list[Tensor]) -> list[Pair]:
 
 
 def _pair_by_name(
-    target: nn.Module | Mapping[str, Tensor], online: nn.Module | Mapping[str, Tensor]
+    target: nn.Module | Mapping[str, Tensor],
+    online: nn.Module | Mapping[str, Tensor],
+    keeps: Callable[[str], bool],
 ) -> list[Pair]:
     if isinstance(target, nn.Module) and isinstance(online, nn.Module):
         if unwrap(target) is unwrap(online):
@@ -303,8 +398,15 @@ def _pair_by_name(
             targets = {name.split(".", surplus)[-1]: t for name, t in targets.items()}
         if isinstance(online, Mapping) and surplus < 0:
             onlines = {name.split(".", -surplus)[-1]: t for name, t in onlines.items()}
-    missing = [name for name in targets if name not in onlines and name not in target_optional]
-    extra = [name for name in onlines if name not in targets and name not in online_optional]
+    buffers = target_buffers | online_buffers
+    optional = target_optional | online_optional | {name for name in buffers if keeps(name)}
+    missing = [name for name in targets if name not in onlines and name not in optional]
+    extra = [name for name in onlines if name not in targets and name not in optional]
+    if states and (missing or extra):
+        for network in (target, online):
+            beside = saved_beside(network) if isinstance(network, nn.Module) else ()
+            missing = [name for name in missing if name not in beside]
+            extra = [name for name in extra if name not in beside]
     if missing or extra:
         found = [
             f"online lacks {_some(missing)}" if missing else "",
@@ -314,7 +416,6 @@ def _pair_by_name(
             "target and online must have the same tensor names; "
             + " and ".join(filter(None, found))
         )
-    buffers = target_buffers | online_buffers
     return [
         Pair(name, tensor, onlines[name], name in buffers)
         for name, tensor in targets.items()
@@ -329,14 +430,19 @@ def _named(
     if isinstance(network, nn.Module):
         entries = list(walk(network))
         buffers = {entry.name for entry in entries if entry.is_buffer}
+        tensors = {entry.name: entry.tensor for entry in entries}
         optional = {entry.name for entry in entries if states and not entry.is_persistent}
-        return {entry.name: entry.tensor for entry in entries}, buffers, optional
+        return tensors, buffers, optional
     tensors = {}
     for name, tensor in network.items():
         if not isinstance(name, str):
             raise TypeError(f"the names of {role} must be strings, got {name!r}")
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{role}[{name!r}] must be a tensor, got {type(tensor).__name__}")
+            hint = ""
+            if isinstance(tensor, Mapping):
+                flatten = f"{role}.flatten_keys('.')"
+                hint = f": give {flatten if hasattr(network, 'flatten_keys') else 'one level'}"
+            raise TypeError(f"{role}[{name!r}] must be a tensor, got {type(tensor).__name__}{hint}")
         tensors[name] = tensor
     return tensors, set(), set()
 
@@ -433,16 +539,6 @@ def _drop_ties(pairs: list[Pair]) -> list[Pair]:
                 f"target {first.name!r} and {pair.name!r} are one tensor, but online has two"
             )
     return list(kept.values())
-
-
-def _check_direction(pairs: list[Pair]) -> None:
-    trained = [pair for pair in pairs if pair.target.requires_grad]
-    if trained and not any(pair.online.requires_grad for pair in pairs):
-        raise ValueError(
-            f"target {trained[0].name!r} requires grad and no tensor of online does: the arguments "
-            "look swapped (the destination comes first). If they are not, freeze the target with "
-            "requires_grad_(False)"
-        )
 
 
 def _check_memory(pairs: list[Pair]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from polyak_rl.average import AverageBank
+from polyak_rl.buffers import Buffers
 from polyak_rl.files import write_whole
 from polyak_rl.guard import Guard
-from polyak_rl.plan import Buffers
 from polyak_rl.rules import Rule, Stretch, describe_rule, rule_from
 from polyak_rl.timeline import Timeline, read_state
 from polyak_rl.vector import Averages

@@ -21,16 +21,18 @@ evaluated and saved with the statistics of that moment, as the last policy is, a
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
+import json
 import os
-import pickle
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import gymnasium as gym
 import numpy as np
@@ -39,20 +41,24 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import polyak_update as sb3_polyak_update
-from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    sync_envs_normalization,
+    unwrap_vec_normalize,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from polyak_rl.average import AverageBank
+from polyak_rl.choose import Choice, choose, one_by_one
 from polyak_rl.files import write_whole
 from polyak_rl.pairing import unwrap, walk
-from polyak_rl.rules import Ema, Rule, Stretch, Tail, Uniform, describe_rule, rule_from
+from polyak_rl.recorder import PolicyAverages
+from polyak_rl.rules import Between, Ema, Rule, Tail, Uniform
 from polyak_rl.target import soft_update
-from polyak_rl.timeline import Timeline
 
-_FORMAT = "polyak_rl.sb3/1"
-_EVALUATION = 0x5B3  # sets the seeds of evaluation apart from others made of the training seed
+_EVALUATION, _SHIPPING = 0x5B3, 0x5B4  # set these seeds apart from others made of the training seed
+_TAILS = (5, 10, 25, 50)  # per cent of the run
 
 RULES: Mapping[str, Rule] = {
     "uniform": Uniform(),
@@ -91,120 +97,9 @@ def acting_network(model: BaseAlgorithm) -> tuple[nn.Module, Optimizer]:
     )
 
 
-class PolicyAverages:
-    """The averages of one network: a bank of them, and a timeline for what is chosen afterwards.
-
-    Made by :class:`PolyakAveragingCallback`; :func:`averages_of` finds those of a model.
-
-    Args:
-        network: what is averaged; it is only read.
-        rules: the averages by name; ``Tail`` and ``Between`` are answered by the timeline.
-        timeline: record the course of the weights.
-        capacity: the segments of the timeline; None: 256, or as many as 1 GiB holds.
-        every: an iterate is taken at every N-th gradient step.
-
-    Attributes:
-        bank: the averages by the rules that have a recursion, or None where there are none.
-        timeline: the course of the weights, or None.
-        clock: gradient steps seen.
-
-    Raises:
-        ValueError: a ``Tail`` or ``Between`` without timeline, no rules and no timeline, or what
-            :class:`polyak_rl.AverageBank` and :class:`polyak_rl.Timeline` refuse.
-
-    Example:
-        >>> from polyak_rl import Tail, Uniform
-        >>> policy = nn.Linear(1, 1, bias=False)
-        >>> averages = PolicyAverages(policy, {"uniform": Uniform()})
-        >>> for value in (1.0, 2.0, 6.0):
-        ...     _ = nn.init.constant_(policy.weight, value)     # a gradient step
-        ...     averages.update()
-        >>> with averages.applied("uniform"):
-        ...     print(policy.weight.item())
-        3.0
-        >>> with averages.applied(Tail(2 / 3)):     # any other rule, from the timeline
-        ...     print(policy.weight.item())
-        4.0
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        rules: Mapping[str, Rule],
-        *,
-        timeline: bool = True,
-        capacity: int | None = None,
-        every: int = 1,
-    ) -> None:
-        stretches = [name for name, rule in rules.items() if isinstance(rule, Stretch)]
-        if stretches and not timeline:
-            first = f"{stretches[0]!r} is a {type(rules[stretches[0]]).__name__}"
-            raise ValueError(f"{first}, which needs timeline=True")
-        if not rules and not timeline:
-            raise ValueError("nothing to average: give rules or timeline=True")
-        moving = {name: rule for name, rule in rules.items() if name not in stretches}
-        self.network = network
-        self.rules = dict(rules)
-        self.every = every
-        self.clock = 0
-        self.bank = AverageBank(network, moving, every=every) if moving else None
-        if capacity is None:
-            weights = sum(parameter.numel() for parameter in network.parameters())
-            capacity = min(256, (1 << 30) // (16 * weights) * 2)  # even, of float64
-        self.timeline = Timeline(network, capacity=capacity, every=every) if timeline else None
-
-    def update(self, *_: object) -> None:
-        """Count one gradient step and take the weights in; an optimizer calls it as a hook."""
-        self.clock += 1
-        if self.bank is not None:
-            self.bank.update()
-        if self.timeline is not None:
-            self.timeline.record()
-
-    def applied(self, which: str | Rule) -> AbstractContextManager[nn.Module]:
-        """The network with an average in place of its weights, which come back bit for bit.
-
-        Until an iterate was taken, every average is the network as it is.
-
-        Args:
-            which: the name of an average, or any rule, which the timeline answers.
-
-        Raises:
-            ValueError: no such average, or a rule that the timeline is absent or too coarse for.
-        """
-        rule = self.rules.get(which) if isinstance(which, str) else which
-        if rule is None:
-            raise ValueError(
-                f"there is no average {which!r}; the averages are {', '.join(self.rules)}"
-            )
-        if self.clock < self.every:
-            return nullcontext(self.network)
-        if isinstance(which, str) and not isinstance(rule, Stretch) and self.bank is not None:
-            return self.bank.applied(which)
-        if self.timeline is None:
-            raise ValueError(f"{rule} was not recorded: name it in rules, or use timeline=True")
-        return self.timeline.applied(rule)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything kept, as tensors and plain values."""
-        return {
-            "clock": self.clock,
-            "bank": self.bank.state_dict() if self.bank is not None else None,
-            "timeline": self.timeline.state_dict() if self.timeline is not None else None,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; raises ValueError for another network."""
-        if self.bank is not None:
-            self.bank.load_state_dict(state["bank"])
-        if self.timeline is not None:
-            self.timeline.load_state_dict(state["timeline"])
-        self.clock = state["clock"]
-
-
 # Not an attribute of the model, which model.save() would pickle. Nothing in PolicyAverages refers
 # to the model, so that it can be collected.
-_averages: WeakKeyDictionary[BaseAlgorithm, PolicyAverages] = WeakKeyDictionary()
+_averages: weakref.WeakKeyDictionary[BaseAlgorithm, PolicyAverages] = weakref.WeakKeyDictionary()
 
 
 def averages_of(model: BaseAlgorithm) -> PolicyAverages:
@@ -285,21 +180,12 @@ class PolyakAveragingCallback(BaseCallback):
         super().__init__()
         self.rules = dict(rules)
         self._options: dict[str, Any] = {"timeline": timeline, "capacity": capacity, "every": every}
-        self._hook: RemovableHandle | None = None
+        self._unhook: Callable[[], object] = lambda: None
+        self._learning: float = 0  # when the learn() began that this callback is part of
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the averages to a file of tensors and plain values, beside ``model.save``.
-
-        The file is written beside its place, flushed and renamed: it is there whole or not at all.
-        """
-        content = {
-            "format": _FORMAT,
-            "rules": {name: describe_rule(rule) for name, rule in self.rules.items()},
-            "options": self._options,
-            "averages": self.averages.state_dict(),
-        }
-        with write_whole(path) as file:
-            torch.save(content, file)
+        """Write the averages to a file of tensors and plain values, beside ``model.save``."""
+        self.averages.save(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: BaseAlgorithm) -> PolyakAveragingCallback:
@@ -312,34 +198,13 @@ class PolyakAveragingCallback(BaseCallback):
         Raises:
             ValueError: the file holds no averages, or those of another network.
         """
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-            raise ValueError(f"{os.fspath(path)} holds no averages: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f"{os.fspath(path)} holds no averages of format {_FORMAT!r}")
-        rules = {name: rule_from(rule) for name, rule in content["rules"].items()}
-        callback = cls(rules, **content["options"])
-        callback._observe(model)
-        callback.averages.load_state_dict(content["averages"])
+        averages = PolicyAverages.load(path, acting_network(model)[0])
+        callback = cls(averages.rules)
+        callback.averages = _averages[model] = averages
         return callback
 
     def _init_callback(self) -> None:
-        self._observe(self.model)
-
-    def _on_training_start(self) -> None:
-        self._unhook()  # a learn() that was interrupted has left it
-        _, optimizer = acting_network(self.model)
-        self._hook = optimizer.register_step_post_hook(self.averages.update)
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_training_end(self) -> None:
-        self._unhook()
-
-    def _observe(self, model: BaseAlgorithm) -> None:
-        network, _ = acting_network(model)
+        network, _ = acting_network(self.model)
         if not hasattr(self, "averages"):
             self.averages = PolicyAverages(network, self.rules, **self._options)
         elif self.averages.network is not network:
@@ -347,12 +212,41 @@ class PolyakAveragingCallback(BaseCallback):
                 "this callback keeps the averages of another model: make a new "
                 "PolyakAveragingCallback, or read saved averages with its load()"
             )
-        _averages[model] = self.averages
+        _averages[self.model] = self.averages
 
-    def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def _on_training_start(self) -> None:
+        self._unhook()  # a learn() that was interrupted has left it
+        self._learning = self.model.start_time
+        # Of every optimizer: the model's own may be replaced while it learns.
+        # By a weak reference: an interrupted learn() must not keep the callback alive.
+        after_step = weakref.WeakMethod(self._after_step)
+
+        def hook(optimizer: Optimizer, *_: object) -> None:
+            if (found := after_step()) is not None:
+                found(optimizer)
+
+        handle = register_optimizer_step_post_hook(hook)
+        self._unhook = weakref.finalize(self, handle.remove)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self._unhook()
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Take the weights in if the step was the acting network's, in this very ``learn``."""
+        if self.model.start_time != self._learning:
+            return  # ours was interrupted, and this is another one, without this callback
+        network, current = acting_network(self.model)
+        if optimizer is not current:
+            return
+        if network is not self.averages.network:
+            raise ValueError(
+                "the network that acts was replaced while the model learns: its averages are of "
+                "the one before"
+            )
+        self.averages.record()
 
 
 class AveragedEvalCallback(EvalCallback):
@@ -363,7 +257,10 @@ class AveragedEvalCallback(EvalCallback):
     and ``<log_path>/<average>/evaluations.npz`` of the same format.
 
     Each evaluation seeds ``eval_env`` anew and alike, so that policies are compared episode by
-    episode. In environments that draw random numbers between their resets this holds for the first
+    episode. An average that the timeline is too coarse for at that moment is left out of that
+    evaluation. Action masks (sb3-contrib's ``MaskablePPO``) are those of ``eval_env``.
+
+    In environments that draw random numbers between their resets this holds for the first
     episode of each sub-environment: give those as many sub-environments as episodes. Training's
     random numbers are not touched, also where ``deterministic=False``. ``VecNormalize``
     statistics are those of training at that moment, for all policies.
@@ -375,7 +272,8 @@ class AveragedEvalCallback(EvalCallback):
         options: those of ``EvalCallback``.
 
     Raises:
-        ValueError: at the start of ``learn`` without a :class:`PolyakAveragingCallback`.
+        ValueError: at the start of ``learn`` without a :class:`PolyakAveragingCallback`, or where a
+            model acts by masks and ``eval_env`` has none.
 
     Example:
         >>> from stable_baselines3 import PPO
@@ -400,6 +298,11 @@ class AveragedEvalCallback(EvalCallback):
     def _on_training_start(self) -> None:
         super()._on_training_start()
         averages_of(self.model)  # an error now rather than at the first evaluation
+        if _takes_masks(self.model) and not self.eval_env.has_attr("action_masks"):
+            raise ValueError(
+                f"{type(self.model).__name__} acts by masks: eval_env needs the method "
+                "action_masks(), as sb3-contrib's ActionMasker adds it"
+            )
         if self.seed is None:
             entropy = None if self.model.seed is None else (_EVALUATION, self.model.seed)
             self.seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
@@ -407,8 +310,10 @@ class AveragedEvalCallback(EvalCallback):
     def _on_step(self) -> bool:
         if self.eval_freq <= 0 or self.n_calls % self.eval_freq:
             return True
-        for name in averages_of(self.model).rules:  # first, since EvalCallback dumps the log
-            self._evaluate(name)
+        averages = averages_of(self.model)
+        for name in averages.rules:  # first, since EvalCallback dumps the log
+            if averages.ready(name):
+                self._evaluate(name)
         with self._common_start():
             return super()._on_step()
 
@@ -453,7 +358,10 @@ class AveragedEvalCallback(EvalCallback):
         actions = self.model.action_space.np_random.bit_generator  # DQN explores with it
         kept = random.getstate(), np.random.get_state(), actions.state  # noqa: NPY002
         device = self.model.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _masked(self.model, self.eval_env),
+        ):
             random.seed(self.seed)
             np.random.seed(self.seed)  # noqa: NPY002
             torch.manual_seed(self.seed)
@@ -464,6 +372,28 @@ class AveragedEvalCallback(EvalCallback):
                 random.setstate(kept[0])
                 np.random.set_state(kept[1])  # noqa: NPY002
                 actions.state = kept[2]
+
+
+def _takes_masks(model: BaseAlgorithm) -> bool:
+    return "action_masks" in inspect.signature(model.predict).parameters
+
+
+@contextmanager
+def _masked(model: BaseAlgorithm, env: VecEnv) -> Iterator[None]:
+    """A model that acts by masks takes those of an environment, whoever asks it for actions."""
+    if not _takes_masks(model):
+        yield
+        return
+    predict: Callable[..., Any] = model.predict
+
+    def masked(*args: Any, **options: Any) -> Any:
+        return predict(*args, action_masks=np.stack(env.env_method("action_masks")), **options)
+
+    model.predict = masked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.predict
 
 
 def save_averaged(model: BaseAlgorithm, which: str | Rule, path: str | os.PathLike[str]) -> None:
@@ -492,8 +422,13 @@ def save_averaged(model: BaseAlgorithm, which: str | Rule, path: str | os.PathLi
         ...     save_averaged(model, "uniform", f"{folder}/averaged")
         ...     averaged = PPO.load(f"{folder}/averaged", device="cpu")
     """
-    with averages_of(model).applied(which) as network:
-        averaged = {id(entry.tensor): entry.tensor.detach().clone() for entry in walk(network)}
+    averages = averages_of(model)
+    average = averages.average(which)
+    averaged = {
+        id(tensor): average[name].to(tensor.dtype)
+        for name, tensor, *_ in walk(averages.network)
+        if name in average
+    }
     parameters = model.get_parameters()
     # By tensor, not by name: a policy may list a network, or a part that is shared, several times.
     for name, tensor in unwrap(model.policy).state_dict(keep_vars=True).items():
@@ -505,6 +440,115 @@ def save_averaged(model: BaseAlgorithm, which: str | Rule, path: str | os.PathLi
     normalizer = model.get_vec_normalize_env()
     if normalizer is not None:
         normalizer.save(f"{os.fspath(path).removesuffix('.zip')}_vecnormalize.pkl")
+
+
+def ship(
+    model: BaseAlgorithm,
+    env: gym.Env[Any, Any] | VecEnv,
+    *,
+    episodes: int = 60,
+    worst: float = 1.0,
+    path: str | os.PathLike[str] | None = None,
+    start: int = 0,
+) -> Choice:
+    """Choose which weights of a trained model to ship, and write them as an ordinary SB3 zip.
+
+    Candidates are the last iterate, the averages that the model's callback keeps, the tails of 5,
+    10, 25 and 50 % of the run, and the nine windows of 5 % before the last one, which stand for
+    checkpoints; what the timeline is too coarse for is left out. :func:`polyak_rl.choose` does the
+    rest: it keeps ``tail25`` unless that is beaten, and values the winner on fresh episodes.
+
+    Each candidate acts deterministically, in episodes that are the same for all. Action masks are
+    those of ``env``; rewards are those before any normalisation or shaping, as in SB3's evaluation.
+
+    Args:
+        model: trained with a :class:`PolyakAveragingCallback` that has a timeline.
+        env: another environment than the one trained on, wrapped as that one is; its
+            sub-environments play side by side. A ``VecNormalize`` gets the statistics of training.
+        episodes: the budget to choose with, counted over all candidates; 0 takes ``tail25``.
+        worst: the criterion is the mean of this share of the episodes, the worst ones.
+        path: the zip, as in :func:`save_averaged`; the choice is written to ``<path>.json``. None
+            writes nothing.
+        start: the first episode; ``Choice.next_start`` of an earlier choice to play none twice.
+
+    Returns:
+        The choice; ``print`` shows it.
+
+    Raises:
+        ValueError: the model has no averages or no timeline, the environments are wrapped
+            differently, or what :func:`polyak_rl.choose` refuses.
+
+    Example:
+        >>> from stable_baselines3 import PPO
+        >>> from stable_baselines3.common.env_util import make_vec_env
+        >>> from polyak_rl.sb3 import PolyakAveragingCallback, ship
+        >>> model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=1, seed=1, device="cpu")
+        >>> _ = model.learn(256, callback=PolyakAveragingCallback())
+        >>> choice = ship(model, make_vec_env("CartPole-v1"), episodes=0)
+        >>> choice.winner
+        'tail25'
+    """
+    averages = averages_of(model)
+    rules: dict[str, str | Rule] = {"last": "last", **{f"tail{p}": Tail(p / 100) for p in _TAILS}}
+    rules |= {f"window{p}": Between((p - 5) / 100, p / 100) for p in range(95, 50, -5)}
+    rules |= {name: name for name in averages.rules}
+    candidates: dict[str, Any] = {
+        name: rule for name, rule in rules.items() if averages.ready(rule)
+    }
+    venv = model._wrap_env(env, monitor_wrapper=True)
+    _share_statistics(model, venv)
+    entropy = (_SHIPPING, model.seed or 0)
+    first = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)  # room to count on
+
+    def play(which: str | Rule, numbers: range) -> list[float]:
+        with averages.applied(which), _masked(model, venv):
+            return _returns(model, venv, [first + number for number in numbers])
+
+    prior = "tail25" if "tail25" in candidates else "last"
+    choice = choose(
+        candidates, one_by_one(play), budget=episodes, prior=prior, worst=worst, start=start
+    )
+    if path is not None:
+        save_averaged(model, candidates[choice.winner], path)
+        record = json.dumps(dataclasses.asdict(choice), indent=1) + "\n"
+        with write_whole(f"{os.fspath(path).removesuffix('.zip')}.json") as file:
+            file.write(record.encode())
+    return choice
+
+
+def _share_statistics(model: BaseAlgorithm, env: VecEnv) -> None:
+    """Evaluate with training's normalisation of observations, and count rewards as they are."""
+    normalizer = unwrap_vec_normalize(env)
+    trained = model.get_vec_normalize_env()
+    if (normalizer is None) != (trained is None):
+        one, other = ("that of training", "env") if trained else ("env", "that of training")
+        raise ValueError(f"{one} is a VecNormalize and {other} is none: wrap both alike")
+    if normalizer is not None and trained is not None:
+        sync_envs_normalization(trained, env)
+        normalizer.training = normalizer.norm_reward = False
+
+
+def _returns(model: BaseAlgorithm, env: VecEnv, seeds: Sequence[int]) -> list[float]:
+    """The return of one deterministic episode for each seed, as many at once as there is room."""
+    returns: list[float] = []
+    while len(returns) < len(seeds):
+        env.seed(seeds[len(returns)])  # and those after it
+        obs: Any = env.reset()
+        states, starts = None, np.ones(env.num_envs, dtype=bool)
+        totals, ended = np.zeros(env.num_envs), np.zeros(env.num_envs, dtype=bool)
+        wanted = slice(min(env.num_envs, len(seeds) - len(returns)))
+        while not ended[wanted].all():
+            actions, states = model.predict(
+                obs, state=states, episode_start=starts, deterministic=True
+            )
+            obs, rewards, starts, infos = env.step(actions)
+            totals += np.where(ended, 0.0, rewards)
+            for i in np.flatnonzero(starts & ~ended):
+                # a Monitor's is that of before any wrapper changed the rewards
+                totals[i] = infos[i].get("episode", {"r": totals[i]})["r"]
+            ended |= starts
+        returns += totals[wanted].tolist()
+    return returns
 
 
 class fast_polyak_update:

@@ -76,19 +76,19 @@ def conjugate_gradient(matvec: Matvec, b: Tensor) -> Tensor:
     """
     x = torch.zeros_like(b)
     residual = direction = b
-    rr = residual @ residual
+    rr = residual.dot(residual)  # not @, which autocast would take to 16 bits
     tolerance = (10 * torch.finfo(b.dtype).eps) ** 2 * rr
     for _ in range(1000):
         if rr <= tolerance:
             break
         product = matvec(direction)
-        curvature = direction @ product
+        curvature = direction.dot(product)
         if curvature <= 0:  # a direction in which f is flat: as far as A can go
             break
         step = rr / curvature
         x = x + step * direction
         residual = residual - step * product
-        rr, previous = residual @ residual, rr
+        rr, previous = residual.dot(residual), rr
         direction = residual + rr / previous * direction
     return x
 
@@ -116,8 +116,9 @@ class PolyakSGDSolver:
 
     Deviations. The step is never negative (jaxopt's climbs where f < fun_min), and 0 at an exact
     minimum (jaxopt's parameters become NaN). `run_iterator` checks `tol` and spends no batch on
-    `init_state`, which does not call `fun`: `aux` is None before the first update. "SPS+" is
-    clamped to `max_stepsize` as well; `math.inf` gives jaxopt's.
+    `init_state`, which does not call `fun`: `aux` is None before the first update. "SPS+" has
+    `delta` and the cap as well, which jaxopt ignores there: `delta=0, max_stepsize=math.inf` are
+    jaxopt's.
 
     Each iteration of `run` and `run_iterator` reads `error` back from the device.
 
@@ -126,8 +127,8 @@ class PolyakSGDSolver:
             floating-point tensors. With `has_aux` it returns (value, aux); with `value_and_grad`
             it returns (value, gradient), or with both ((value, aux), gradient).
         value_and_grad: whether fun returns its gradient.
-        has_aux: whether fun returns something beside its value, a pytree of tensors, kept in
-            `state.aux`.
+        has_aux: whether fun returns something beside its value, a pytree of tensors and whatever
+            else, kept in `state.aux`.
         max_stepsize: cap of the step size, >= 0.
         delta: added to |g|^2, >= 0.
         momentum: in [0, 1); 0 has no velocity.
@@ -203,6 +204,10 @@ class PolyakSGDSolver:
                 )
         if self.implicit_diff and self.unroll is True:
             raise ValueError("implicit_diff and unroll are two ways to differentiate: choose one")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What torch.compile made belongs to this process.
+        return {k: v for k, v in self.__dict__.items() if k != "_compiled_advance"}
 
     def attribute_names(self) -> tuple[str, ...]:
         """Return the names of the constructor's arguments."""
@@ -306,13 +311,30 @@ class PolyakSGDSolver:
         return torch.compile(self._advance)
 
     def _value_and_grad(self, params: Tree, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Tree]:
-        if self.value_and_grad:
-            value, gradient = self.fun(params, *args, **kwargs)
-        else:
-            differentiate = torch.func.grad_and_value(self.fun, has_aux=self.has_aux)
-            gradient, value = differentiate(params, *args, **kwargs)
+        if not self.value_and_grad:
+            return self._differentiate(params, args, kwargs)
+        value, gradient = self.fun(params, *args, **kwargs)
         value, aux = value if self.has_aux else (value, None)
         return value, aux, gradient
+
+    def _differentiate(
+        self, params: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Any, Tree]:
+        """Value, aux and gradient; torch.func takes only tensors beside the value."""
+        others: list[tuple[list[Any], pytree.TreeSpec]] = []
+
+        def fun(params: Tree) -> tuple[Tensor, list[Tensor]]:
+            value = self.fun(params, *args, **kwargs)
+            value, aux = value if self.has_aux else (value, None)
+            leaves, spec = pytree.tree_flatten(aux)
+            others[:] = [(leaves, spec)]
+            return value, [x for x in leaves if isinstance(x, Tensor)]
+
+        gradient, (value, tensors) = torch.func.grad_and_value(fun, has_aux=True)(params)
+        ((leaves, spec),) = others
+        plain = iter(tensors)
+        leaves = [next(plain) if isinstance(x, Tensor) else x for x in leaves]
+        return value, pytree.tree_unflatten(leaves, spec), gradient
 
     def _advance(
         self, params: Tree, velocity: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]

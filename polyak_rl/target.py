@@ -7,27 +7,35 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
-from weakref import WeakKeyDictionary, ref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from operator import setitem
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from polyak_rl.flat import flatten_like_
+from polyak_rl.buffers import Buffers, keeps
+from polyak_rl.flat import flatten_like_, lasting
 from polyak_rl.guard import Guard, all_finite, check_guard
 from polyak_rl.pairing import (
+    Beside,
     Network,
     Pair,
+    detached,
     is_sharded,
     match,
     matches_any,
+    require_direction,
     require_matches,
+    saved_beside,
+    shards,
     unwrap,
     walk,
 )
-from polyak_rl.plan import Buffers, Plan, Tau, check_tau, detached, shards, tensor_rules
 from polyak_rl.rules import require_int
+from polyak_rl.update import Call, Plan, Tau, Terms, check_tau, is_capturing, terms_of
 
 
 def soft_update(
@@ -56,7 +64,7 @@ def soft_update(
             copied). Integers are never averaged, but copied. Plain mappings do not say which
             tensors are buffers: floating ones are averaged, others copied.
 
-    Under ``torch.compile`` give modules, and one ``tau`` and policy instead of patterns
+    Under ``torch.compile`` give modules, and one ``tau`` and treatment instead of patterns
     (:class:`TargetNetwork` takes those there too).
 
     Raises:
@@ -82,11 +90,11 @@ def soft_update(
     """
     if not (isinstance(target, nn.Module) and isinstance(online, nn.Module)):
         with torch.no_grad():
-            pairs = shards(match(target, online))
-            Plan(pairs, tau, tensor_rules(pairs, tau, buffers)).apply()
+            pairs = _pairs(target, online, tau, buffers)
+            Plan(pairs, tau, terms_of(pairs, tau, buffers)).apply()
     elif torch.compiler.is_compiling():
-        pairs = _traced_pairs(target, online)
-        Plan(pairs, tau, tensor_rules(pairs, tau, buffers)).apply()
+        pairs = _traced_pairs(target, online, lambda _, is_buffer: is_buffer and buffers == "keep")
+        Plan(pairs, tau, terms_of(pairs, tau, buffers)).apply()
     else:
         _planned(target, online, tau, buffers).apply()
 
@@ -169,6 +177,17 @@ def weighted_average(
     return average
 
 
+class _Unplanned(NamedTuple):
+    """What is left of a plan where its networks were loaded or copied: enough to make it again."""
+
+    tau: Tau
+    terms: Mapping[str, Terms]
+    masters: Mapping[str, Tensor]
+
+    def intact(self) -> bool:
+        return False
+
+
 class TargetNetwork(nn.Module):
     """A frozen copy of a network that follows it: the target network of DQN, DDPG, TD3 and SAC.
 
@@ -176,7 +195,16 @@ class TargetNetwork(nn.Module):
        \\quad\\text{at every } N\\text{-th call of update()}
 
     The copy lies on the device of the online network, does not require grad and stays in eval mode
-    whatever mode its parent is put in. Calling the target calls the copy.
+    whatever mode its parent is put in. Calling the target calls the copy, and an attribute or item
+    that the target does not have is read from the copy: ``target.q``, ``target.get_action(x)``,
+    ``target["actor"]``. What is set is set on the target alone.
+
+    Noise layers are silent in eval mode: ``target.module.train()`` wakes them, until ``train()`` or
+    ``eval()`` is called on the target or around it. Their noise is a buffer and copied at each
+    firing; ``buffers={"*epsilon*": "keep"}`` leaves the target its own.
+
+    The state dict is that of the copy, under ``module.``, with ``clock``, ``skipped`` and the
+    float32 masters as tensors.
 
     Args:
         online: the network to follow. It is only read.
@@ -240,16 +268,20 @@ class TargetNetwork(nn.Module):
         require_int(every, 1, "every")
         self.every = every
         self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        self._policy = buffers
-        self._tau = check_tau(tau)
+        self._buffer_treatment = buffers
+        tau = check_tau(tau)
         self._online = (online,)  # a tuple, so that it is not a submodule
         self._clock = self.skipped = 0
         self._guarded = check_guard(guard, online.parameters())
+        with lasting():
+            self._build(online, target, tau)
+
+    def _build(self, online: nn.Module, target: nn.Module | None, tau: Tau) -> None:
         # What torch.compile traces counts in a tensor: to it an int is a constant.
-        self._traced_clock = torch.zeros((), dtype=torch.int64)
+        self._traced_clock = torch.zeros((), dtype=torch.int64, device="cpu")
         if target is None:
             target = self._copy(online)
-        match(target, online, self._exclude)
+        match(target, online, self._exclude, keeps=keeps(self._buffer_treatment))
         onlines = {entry.name: entry.tensor for entry in walk(online)}
         self._dtypes = {name: tensor.dtype for name, tensor in onlines.items()}
         self._shared = {e.name for e in walk(target) if e.tensor is onlines.get(e.name)}
@@ -259,14 +291,35 @@ class TargetNetwork(nn.Module):
                 entry.tensor.requires_grad_(False)
         flatten_like_(target, online)
         self.module = target.eval()
-        self._loaded: Mapping[str, Tensor] = {}
-        self.register_load_state_dict_post_hook(_finish_loading)  # type: ignore[no-untyped-call]
-        self._plan = self._plan_updates(self._tau)
+        self._plan: Plan | _Unplanned = self._plan_updates(tau)
         self.sync()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the copy."""
-        return self.module(*args, **kwargs)
+        return self._modules["module"](*args, **kwargs)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        """Read from the copy what the target itself does not have."""
+        copied = self.__dict__.get("_modules", {}).get("module")
+        if name == "module" and copied is not None:
+            return copied
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Special methods are the business of a type: copying would ask for the copy's own.
+            if copied is None or (name.startswith("__") and name.endswith("__")):
+                raise
+        return getattr(copied, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Read an item of the copy: a layer of a ``Sequential``, a network of a ``ModuleDict``."""
+        copied: Any = self.module
+        return copied[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the copy."""
+        copied: Any = self.module
+        return iter(copied)
 
     @property
     def online(self) -> nn.Module:
@@ -276,16 +329,17 @@ class TargetNetwork(nn.Module):
     @property
     def tau(self) -> Tau:
         """The weight of the online network at each firing."""
-        return self._tau
+        return self._plan.tau
 
     @tau.setter
     def tau(self, tau: Tau) -> None:
-        tau = check_tau(tau)
-        if isinstance(tau, Mapping) or isinstance(self._tau, Mapping):
-            self._plan = self._plan_updates(tau, self._plan.masters)
+        tau, plan = check_tau(tau), self._plan
+        by_pattern = isinstance(tau, Mapping) or isinstance(plan.tau, Mapping)
+        if by_pattern or isinstance(plan, _Unplanned):
+            with lasting():
+                self._plan = self._plan_updates(tau, plan.masters)
         else:
-            self._plan.set_tau(tau)
-        self._tau = tau
+            plan.set_tau(tau)
 
     @property
     def clock(self) -> int:
@@ -299,21 +353,33 @@ class TargetNetwork(nn.Module):
         must be 1, since what is recorded does not count: a replay does not advance ``clock``.
 
         Raises:
-            ValueError: the online network no longer matches the copy.
+            ValueError: the online network no longer matches the copy. Nothing moved or counted.
+            RuntimeError: a CUDA graph is being captured, and ``every`` or ``guard`` are not what
+                can be in one.
         """
         compiling = torch.compiler.is_compiling()
-        if self.every == 1 or (self.clock + 1) % self.every == 0:
-            plan = self._plan
-            if compiling or not plan.intact():
-                plan = self._current_plan()
-            if self._guarded and not all_finite([pair.online for pair in plan.pairs]):
-                self.skipped += 1
-                return
-            plan.apply()
+        if (self.every != 1 or self._guarded) and not compiling and is_capturing():
+            raise RuntimeError(
+                "a TargetNetwork can be captured in a CUDA graph with every=1 and guard=None, got "
+                f"every={self.every} and guard={'finite' if self._guarded else None!r}: a replay "
+                "neither counts nor reads"
+            )
         if compiling:
-            self._traced_clock.add_(1)
-        else:
-            self.__dict__["_clock"] += 1  # an assignment would pass nn.Module's checks, at 1.4 us
+            count: Call = partial(self._traced_clock.add_, 1)
+        else:  # an assignment would pass nn.Module's checks, at 1.4 us
+            count = partial(setitem, self.__dict__, "_clock", self._clock + 1)
+        if self.every != 1 and (self.clock + 1) % self.every:
+            count()
+            return
+        plan = self._plan
+        if compiling or isinstance(plan, _Unplanned) or not plan.intact():
+            plan = self._current_plan()
+        if self._guarded and not all_finite(
+            [pair.online for pair in plan.pairs if plan.terms[pair.name].treatment != "keep"]
+        ):
+            self.skipped += 1
+            return
+        plan.apply(count)
 
     def sync(self) -> None:
         """Copy the online network now, bit for bit, whatever tau is; the clock goes on."""
@@ -349,27 +415,65 @@ class TargetNetwork(nn.Module):
         self.module.eval()
         return self
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The clock and, where the copy has 16 bits, the float32 masters (or shards) by name."""
-        return {"clock": self.clock, "skipped": self.skipped, "masters": self._plan.masters}
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load the copy, the clock and the masters: all of it or, where it is refused, nothing.
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` returned."""
-        masters = {name: tensor.shape for name, tensor in state["masters"].items()}
-        ours = {name: tensor.shape for name, tensor in self._plan.masters.items()}
-        if masters and masters != ours:
-            raise ValueError(f"the saved masters {masters} do not fit this target's {ours}")
-        self._clock, self.skipped = state["clock"], state.get("skipped", 0)
+        Args:
+            state_dict: what ``state_dict()`` returned; masters may be left out, and start anew.
+            strict: whether other names are refused.
+            assign: as in ``torch.nn.Module.load_state_dict``.
+
+        Raises:
+            ValueError: names, shapes, the clock or the masters are not those of this target.
+        """
+        ours = {name for name in self.state_dict() if not name.startswith("masters.")}
+        theirs = {name for name in _current_state(state_dict) if not name.startswith("masters.")}
+        if strict and ours != theirs:
+            raise ValueError(
+                f"the state is of another target: it lacks {sorted(ours - theirs)} and has "
+                f"{sorted(theirs - ours)} beside"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("clock", "skipped"):
+            destination[prefix + name] = torch.tensor(getattr(self, name), device="cpu")
+        for name, master in self._plan.masters.items():
+            destination[f"{prefix}masters.{name}"] = master
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *found: Any
+    ) -> None:
+        # torch loads the copy after this, from state_dict; what is refused is refused before.
+        mine = _current_state(
+            {k[len(prefix) :]: x for k, x in state_dict.items() if k.startswith(prefix)}
+        )
+        masters = {k[len("masters.") :]: x for k, x in mine.items() if k.startswith("masters.")}
+        _check_masters(masters, self._current_plan().masters)
+        for entry in walk(self.module, "module."):
+            saved = mine.get(entry.name, entry.tensor)
+            if not isinstance(saved, Tensor):
+                raise ValueError(f"{entry.name!r} must be a tensor, got {type(saved).__name__}")
+            if saved.shape != entry.tensor.shape:
+                raise ValueError(
+                    f"{entry.name!r} must have the shape {tuple(entry.tensor.shape)}, got "
+                    f"{tuple(saved.shape)}"
+                )
+        counts = {name: _check_count(name, mine.get(name, 0)) for name in ("clock", "skipped")}
+        found[0].extend(prefix + name for name in counts if name not in mine)
+        left = {k: x for k, x in state_dict.items() if k.startswith(prefix + "module.")}
+        super()._load_from_state_dict(left, prefix, metadata, strict, *found)
+        self._plan = _Unplanned(self.tau, self._plan.terms, masters)
         self._traced_clock.zero_()
-        self._loaded = state["masters"]
+        self.__dict__.update(_clock=counts["clock"], skipped=counts["skipped"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A plan points into memory: a copy makes its own from the masters.
-        return {**self.__dict__, "_plan": None, "_loaded": self._plan.masters}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _finish_loading(self)
+        # A plan points into memory: a copy makes its own.
+        plan = self._plan
+        return {**self.__dict__, "_plan": _Unplanned(plan.tau, plan.terms, plan.masters)}
 
     def _copy(self, online: nn.Module) -> nn.Module:
         network = unwrap(online)
@@ -385,14 +489,18 @@ class TargetNetwork(nn.Module):
             ) from error
 
     def _current_plan(self) -> Plan:
+        plan = self._plan
         if torch.compiler.is_compiling():
             # What is traced reads the modules anew: a plan would keep tensors that are gone later.
-            pairs = _traced_pairs(self.module, self.online, self._excluded)
-            return Plan(pairs, self._tau, self._plan.rules, self._plan.masters)
-        if not self._plan.intact():
-            self._follow()
-            self._plan = self._plan_updates(self._tau, self._plan.masters)
-        return self._plan
+            kept = {name for name, how in plan.terms.items() if how.treatment == "keep"}
+            left_out = self._excluded | kept
+            pairs = _traced_pairs(self.module, self.online, lambda name, _: name in left_out)
+            return Plan(pairs, plan.tau, plan.terms, plan.masters)
+        if isinstance(plan, _Unplanned) or not plan.intact():
+            with lasting():
+                self._follow()
+                plan = self._plan = self._plan_updates(plan.tau, plan.masters)
+        return plan
 
     def _follow(self) -> None:
         """Take the copy to where the online network went."""
@@ -413,29 +521,43 @@ class TargetNetwork(nn.Module):
         flatten_like_(self.module, self.online)
 
     def _plan_updates(self, tau: Tau, masters: Mapping[str, Tensor] | None = None) -> Plan:
-        pairs = detached(shards(match(self.module, self.online, self._exclude)))
-        rules = tensor_rules(pairs, tau, self._policy)
-        return Plan(pairs, tau, rules, masters or {}, (self.module, self.online))
+        buffers = self._buffer_treatment
+        pairs = match(self.module, self.online, self._exclude, keeps=keeps(buffers))
+        pairs = detached(shards(pairs))
+        terms = terms_of(pairs, tau, buffers)
+        return Plan(pairs, tau, terms, masters or {}, (self.module, self.online))
 
 
 # By target: the online network, the options and the plan of the last soft_update.
-_plans: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], object, Plan]] = WeakKeyDictionary()
+_plans: Beside[tuple[ref[nn.Module], object, Plan]] = Beside()
 
 
 def _planned(target: nn.Module, online: nn.Module, tau: Tau, buffers: Buffers) -> Plan:
     """The plan of two modules: the one of the last call while it still holds."""
-    options = (_frozen(tau) if isinstance(tau, Mapping) else None, _frozen(buffers))
+    options = (_frozen(tau) if isinstance(tau, Mapping) else _is_copy(tau), _frozen(buffers))
     known = _plans.get(target)
     if known is not None:
         last_online, last_options, plan = known
         if last_online() is online and last_options == options and plan.intact():
-            if not isinstance(tau, Mapping):
+            if type(tau) is not float or type(plan.tau) is not float or tau != plan.tau:
                 plan.set_tau(check_tau(tau))
             return plan
-    pairs = detached(shards(match(target, online)))
-    plan = Plan(pairs, tau, tensor_rules(pairs, tau, buffers), modules=(target, online))
+    with lasting():
+        pairs = detached(_pairs(target, online, tau, buffers))
+        plan = Plan(pairs, tau, terms_of(pairs, tau, buffers), modules=(target, online))
     _plans[target] = (ref(online), options, plan)
     return plan
+
+
+def _pairs(target: Network, online: Network, tau: Tau, buffers: Buffers) -> list[Pair]:
+    pairs = match(target, online, keeps=keeps(buffers))
+    if not _is_copy(tau):
+        require_direction(pairs)
+    return shards(pairs)
+
+
+def _is_copy(tau: Tau) -> bool:
+    return not isinstance(tau, Tensor | Mapping) and tau == 1
 
 
 def _frozen(option: object) -> object:
@@ -444,19 +566,17 @@ def _frozen(option: object) -> object:
 
 
 def _traced_pairs(
-    target: nn.Module, online: nn.Module, excluded: Collection[str] = ()
+    target: nn.Module, online: nn.Module, left_out: Callable[[str, bool], bool]
 ) -> list[Pair]:
     """Pairs by name while torch.compile traces: memory cannot be looked at there."""
-    targets = {entry.name: entry for entry in walk(target)}
-    onlines = {entry.name: entry.tensor for entry in walk(online)}
+    targets = {e.name: e for e in walk(target) if not left_out(e.name, e.is_buffer)}
+    onlines = {e.name: e.tensor for e in walk(online) if not left_out(e.name, e.is_buffer)}
     if targets.keys() != onlines.keys():
         raise ValueError(
             f"target and online must have the same names, got {[*targets]} and {[*onlines]}"
         )
     pairs: dict[int, Pair] = {}
     for name, (_, tensor, is_buffer, *_) in targets.items():
-        if name in excluded:
-            continue
         if tensor.shape != onlines[name].shape:
             raise ValueError(f"{name!r} must have one shape in target and online")
         if tensor is onlines[name]:
@@ -480,14 +600,35 @@ def _norm(tensors: list[Tensor], members: bool) -> Tensor:
 def _state(network: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors of a state dict by name, wrappers looked through."""
     if isinstance(network, nn.Module):
-        return {entry.name: entry.tensor for entry in walk(network) if entry.is_persistent}
+        own = {entry.name: entry.tensor for entry in walk(network) if entry.is_persistent}
+        return own | saved_beside(network)
     if not isinstance(network, Mapping):
         raise TypeError(f"networks must be modules or mappings, got {type(network).__name__}")
     return network
 
 
-def _finish_loading(target: nn.Module, _: object = None) -> None:
-    # The weights came after the masters: what is planned on must be what was loaded.
-    assert isinstance(target, TargetNetwork)
-    target._plan = target._plan_updates(target._tau, target._loaded)
-    target._loaded = {}
+def _current_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of a target as it is saved now; before, what is no weight was in one mapping."""
+    beside = state.get("_extra_state")
+    if not isinstance(beside, Mapping):
+        return state
+    masters = {f"masters.{name}": x for name, x in beside.get("masters", {}).items()}
+    counts = {name: beside.get(name, 0) for name in ("clock", "skipped")}
+    return {n: x for n, x in state.items() if n != "_extra_state"} | counts | masters
+
+
+def _check_count(name: str, value: object) -> int:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+    return value
+
+
+def _check_masters(masters: Mapping[str, Any], ours: Mapping[str, Tensor]) -> None:
+    for name, master in masters.items():
+        if not isinstance(master, Tensor) or not master.is_floating_point():
+            raise ValueError(f"master {name!r} must be a floating-point tensor, got {master!r}")
+    shapes, our_shapes = ({n: tuple(m.shape) for n, m in x.items()} for x in (masters, ours))
+    if shapes and shapes != our_shapes:
+        raise ValueError(f"the saved masters {shapes} do not fit this target's {our_shapes}")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from polyak_rl.buffers import Buffers
 from polyak_rl.files import write_whole
 from polyak_rl.guard import Guard, all_finite, check_guard
-from polyak_rl.plan import Buffers
 from polyak_rl.rules import Ema, Rule, require_int
 from polyak_rl.vector import Averages, WeightVector, require_online
 

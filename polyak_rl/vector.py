@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from polyak_rl.buffers import Buffers, choose_treatments
 from polyak_rl.flat import Slot, flat_of
 from polyak_rl.pairing import Entry, Watch, is_sharded, match, shard_of, sharding, unwrap, walk
-from polyak_rl.plan import Buffers, choose_policies
 
 
 class WeightVector:
@@ -153,7 +153,7 @@ class WeightVector:
     def _entries(self) -> list[Entry]:
         """The shards of parameters and of buffers whose policy is to be averaged, ties once."""
         inside = list(walk(self.module))
-        self._policies = choose_policies([entry[:3] for entry in inside], self._policy)
+        self._policies = choose_treatments([entry[:3] for entry in inside], self._policy)
         kept: dict[int, Entry] = {}
         for entry in inside:
             if self._policies[entry.name] == "average":

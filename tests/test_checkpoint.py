@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from agents.averaging import record_policy
-from agents.checkpoint import Checkpoints, newest, restore, training_state, write_whole
+from agents.checkpoint import Checkpoints, newest, restore, training_state
 from agents.dqn import DQNConfig
 from agents.training import TrainConfig, Training
 from polyak_rl import Uniform
@@ -361,16 +361,6 @@ def test_a_damaged_checkpoint_is_written_over_by_the_run_that_goes_on_from_the_o
     assert len(damaged) == 1
     assert newest(folder)[1] == []
     assert newest(folder)[0].step == 40
-
-
-def test_a_folder_that_cannot_be_written_says_so(tmp_path, monkeypatch):
-    def refuse(self, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(PermissionError, match="Permission denied"):
-        write_whole(tmp_path / "file", lambda file: file.write(b"x"))
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.full

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from polyak_rl import TargetNetwork, soft_update
+from polyak_rl import AverageBank, Ema, TargetNetwork, Uniform, soft_update
 
 TAU = 0.005
 
@@ -56,6 +57,83 @@ class Agent:
     def weights(self):
         networks = (self.actor, self.critic, self.actor_target, self.critic_target)
         return [p.detach() for network in networks for p in network.parameters()]
+
+
+class Normed(nn.Module):
+    """A network whose batch norm has statistics, two of floats and one that counts."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+    def train_once(self):
+        with torch.no_grad():
+            self.layers(torch.randn(8, 3) * 2 + 1)
+            for p in self.parameters():
+                p.add_(torch.randn_like(p))
+
+    def state(self):
+        return {name: x.detach().double().clone() for name, x in self.state_dict().items()}
+
+
+def differing(ours, theirs):
+    """The names whose values differ by more than rounding."""
+    return [
+        n for n in theirs if not torch.allclose(ours[n].double(), theirs[n].double(), 1e-4, 1e-5)
+    ]
+
+
+BUFFERS = ["layers.1.running_mean", "layers.1.running_var", "layers.1.num_batches_tracked"]
+
+
+@pytest.mark.parametrize("lines", [lerp_lines, sum_lines], ids=["SB3", "CleanRL"])
+def test_their_target_lines_leave_batch_norm_behind_and_ours_copy_it(lines):
+    online, theirs = Normed(0), Normed(1)
+    ours = copy.deepcopy(theirs)
+    for _ in range(3):
+        online.train_once()
+        lines(theirs, online)
+        soft_update(ours, online, TAU)
+    assert differing(ours.state(), theirs.state()) == BUFFERS
+    assert all(torch.equal(ours.state()[name], online.state()[name]) for name in BUFFERS)
+
+
+@pytest.mark.parametrize("rule", ["ema", "uniform"])
+def test_averaged_model_copies_batch_norm_and_so_does_ours(rule):
+    network = Normed(0)
+    if rule == "ema":
+        theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+        bank = AverageBank(network, {rule: Ema(tau=0.01)})
+    else:
+        theirs, bank = AveragedModel(network), AverageBank(network, {rule: Uniform()})
+    for _ in range(4):
+        network.train_once()
+        theirs.update_parameters(network)
+        bank.update()
+    ours = bank.module(rule).state_dict()
+    assert differing(ours, theirs.module.state_dict()) == []
+    assert all(torch.equal(ours[name], network.state_dict()[name]) for name in BUFFERS)
+
+
+def test_ema_pytorch_averages_float_buffers_as_ours_does_where_it_is_told_to():
+    """Its first update copies, every other one goes by 1 - beta; integers are copied."""
+    network = Normed(0)
+    theirs = None
+    bank = AverageBank(network, {"ema": Ema(tau=0.01)}, buffers="average")
+    for _ in range(4):
+        network.train_once()
+        bank.update()
+        state = network.state()
+        theirs = theirs or state
+        theirs = {n: x if "num_batches" in n else theirs[n].lerp(x, 0.01) for n, x in state.items()}
+    assert differing(bank.module("ema").state_dict(), theirs) == []
+    plain = AverageBank(network, {"ema": Ema(tau=0.01)})
+    plain.update()
+    network.train_once()
+    plain.update()
+    left = plain.module("ema").state_dict()
+    assert all(torch.equal(left[name], network.state_dict()[name]) for name in BUFFERS)
 
 
 def our_line(target, online):

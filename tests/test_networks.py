@@ -56,6 +56,14 @@ def test_the_gradients_of_an_mlp_are_those_of_its_layers(sizes, flat):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_a_frozen_weight_leaves_the_gradient_of_its_bias():
+    net = MLP((3, 8, 2), gens(0))
+    net[0].weight.requires_grad_(False)
+    x = torch.ones(1, 7, 3)
+    expected = torch.autograd.grad(layer_by_layer(net, x).sum(), net[0].bias)
+    torch.testing.assert_close(torch.autograd.grad(net(x).sum(), net[0].bias), expected)
+
+
 def test_backward_adds_to_the_gradients_of_an_mlp_as_to_any_other():
     net = MLP((3, 8, 2), gens(0)).double()
     flatten_(net, members=1)

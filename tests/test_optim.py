@@ -3,9 +3,13 @@
 import copy
 import io
 import math
+import pickle
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 from hypothesis import given
@@ -751,3 +755,242 @@ def test_a_capturable_asgd_averages_as_an_eager_one():
         optimizer = ASGD([x], lr=1.0, lambd=0.0, alpha=0.0, capturable=capturable)
         averages.append(ramp(optimizer, x, 8))
     assert averages[0] == pytest.approx(averages[1])
+
+
+# What holds for both
+
+
+class Interrupt:
+    """KeyboardInterrupt at the n-th line that polyak_rl/optim.py runs."""
+
+    def __init__(self, line: int) -> None:
+        self.line, self.ran = line, 0
+
+    def trace(self, frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.endswith("polyak_rl/optim.py"):
+            return None
+        if event == "line":
+            self.ran += 1
+            if self.ran == self.line:
+                raise KeyboardInterrupt
+        return self.trace
+
+    def run(self, act: Callable[[], object]) -> None:
+        before = sys.gettrace()
+        sys.settrace(self.trace)
+        try:
+            act()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_stepsize": 0.5},
+        {"momentum": 0.5, "skip_nonfinite": True},
+        {"variant": "sps_smooth", "momentum": 0.5},
+        {"variant": "alig", "momentum": 0.5, "delta": 1e-5},
+    ],
+)
+def test_an_interrupt_leaves_all_of_a_polyak_step_or_nothing(options):
+    def make():
+        parameters = [start(torch.float32), start()]
+        optimizer = PolyakSGD(parameters, **options)
+        for _ in range(2):
+            take(optimizer, parameters)
+        loss = ready(parameters)
+        return optimizer, parameters, loss
+
+    def ready(parameters):
+        for p in parameters:
+            p.grad = None
+        loss = sum(p.double().square().sum() for p in parameters)
+        loss.backward()
+        return loss
+
+    def take(optimizer, parameters):
+        optimizer.step(loss=ready(parameters))
+
+    def state(optimizer, parameters):
+        velocity = [optimizer.state[p].get("velocity", torch.zeros(3)).tolist() for p in parameters]
+        group = optimizer.param_groups[0]
+        sizes = [group[name].item() for name in ("stepsize", "last_positive_stepsize")]
+        return [p.tolist() for p in parameters], velocity, sizes
+
+    optimizer, parameters, loss = make()
+    allowed = [state(optimizer, parameters)]
+    count = Interrupt(0)
+    count.run(lambda: optimizer.step(loss=loss))
+    allowed.append(state(optimizer, parameters))
+    assert allowed[0] != allowed[1]
+    for line in range(1, count.ran + 1):
+        optimizer, parameters, loss = make()
+        Interrupt(line).run(partial(optimizer.step, loss=loss))
+        assert state(optimizer, parameters) in allowed
+
+
+def test_an_interrupt_in_averaged_brings_the_parameters_back_and_steps_go_on():
+    def make():
+        x = start()
+        optimizer = ASGD([x], lr=0.1)
+        for _ in range(3):
+            x.grad = torch.ones(3, dtype=x.dtype)
+            optimizer.step()
+        return optimizer, x
+
+    def show(optimizer, x):
+        with optimizer.averaged():
+            pass
+
+    optimizer, x = make()
+    last = x.tolist()
+    count = Interrupt(0)
+    count.run(lambda: show(optimizer, x))
+    assert count.ran > 10
+    for line in range(1, count.ran + 1):
+        optimizer, x = make()
+        Interrupt(line).run(partial(show, optimizer, x))
+        assert x.tolist() == last
+        optimizer.step()
+
+
+class Launches(torch.utils._python_dispatch.TorchDispatchMode):
+    names: list[str]
+    NONE = ("aten::detach", "aten::view", "profiler::_record_function_enter_new")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() not in self.NONE:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("options", "most"), [({}, 15), ({"momentum": 0.9}, 17)])
+def test_a_polyak_step_is_a_few_launches_whatever_the_number_of_tensors(options, most):
+    parameters = [nn.Parameter(torch.randn(3, i)) for i in range(1, 9)]
+    optimizer = PolyakSGD(parameters, **options)
+    launches = Launches()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in parameters)
+        loss.backward()
+        launches.names = []
+        with launches:
+            optimizer.step(loss=loss)
+    assert len(launches.names) <= most, launches.names
+
+
+@pytest.mark.parametrize("variant", ["sps_max", "sps+", "sps_smooth", "alig"])
+def test_a_cap_of_one_element_is_one_number_and_one_of_two_is_refused(variant):
+    cap, x, y = torch.tensor([0.1], dtype=torch.float64), start(), start()
+    ours = descend(PolyakSGD([x], max_stepsize=cap, variant=variant), x, 3)
+    assert ours == descend(PolyakSGD([y], max_stepsize=0.1, variant=variant), y, 3)
+    z = start()
+    shifted = descend(PolyakSGD([z], 0.1, f_min=torch.tensor([0.0]), variant=variant), z, 3)
+    assert shifted == ours
+    with pytest.raises(ValueError, match=r"max_stepsize must be one number, got shape \(2,\)"):
+        PolyakSGD([x], max_stepsize=torch.ones(2))
+
+
+def test_the_smooth_variant_starts_from_its_first_size():
+    for options, size in (
+        ({}, 2.0),
+        ({"init_stepsize": 0.5}, 1.0),
+        ({"init_stepsize": math.inf}, 7),
+    ):
+        x = torch.tensor([1.0], requires_grad=True)
+        optimizer = PolyakSGD([x], math.inf, variant="sps_smooth", **options)
+        x.grad = torch.ones(1)
+        optimizer.step(loss=7.0)
+        assert optimizer.param_groups[0]["stepsize"].item() == size
+    with pytest.raises(ValueError, match="init_stepsize must be positive, got 0"):
+        PolyakSGD([x], init_stepsize=0)
+
+
+def trained(kind):
+    x = start()
+    optimizer = kind([x], momentum=0.5) if kind is PolyakSGD else kind([x], lr=0.1)
+    for _ in range(3):
+        x.grad = torch.ones(3, dtype=x.dtype)
+        optimizer.step(loss=torch.tensor(2.0)) if kind is PolyakSGD else optimizer.step()
+    return optimizer, x
+
+
+SPOILT = {
+    "groups": lambda s: s["param_groups"].append(s["param_groups"][0]),
+    "parameters": lambda s: s["param_groups"][0].update(params=[0, 1]),
+    "no groups": lambda s: s.pop("param_groups"),
+    "an option": lambda s: s["param_groups"][0].update(lr=-1.0),
+    "an option of another type": lambda s: s["param_groups"][0].update(lr=[1]),
+    "a shape": lambda s: [
+        s["state"][0].update({k: torch.ones(2)}) for k in ("ax", "velocity") if k in s["state"][0]
+    ],
+    "no tensor": lambda s: [
+        s["state"][0].update({k: 1.0}) for k in ("ax", "velocity") if k in s["state"][0]
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", [ASGD, PolyakSGD])
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT.keys())
+def test_a_state_that_does_not_fit_an_optimizer_is_refused_whole(kind, spoil):
+    (optimizer, _), (other, _) = trained(kind), trained(kind)
+    state = copy.deepcopy(optimizer.state_dict())
+    spoil(state)
+    before = str(other.state_dict())
+    with pytest.raises(ValueError):  # noqa: PT011
+        other.load_state_dict(state)
+    assert str(other.state_dict()) == before
+    other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("kind", [ASGD, PolyakSGD])
+@pytest.mark.parametrize(
+    "trip",
+    [
+        copy.deepcopy,
+        lambda both: pickle.loads(pickle.dumps(both)),
+        lambda both: pickle.loads(cloudpickle.dumps(both)),
+    ],
+    ids=["deepcopy", "pickle", "cloudpickle"],
+)
+def test_an_optimizer_that_was_packed_with_its_network_goes_on(kind, trip):
+    ours = trained(kind)
+    theirs = trip(ours)
+    for optimizer, x in (ours, theirs):
+        for _ in range(3):
+            x.grad = torch.full((3,), 0.5, dtype=x.dtype)
+            optimizer.step(loss=torch.tensor(2.0)) if kind is PolyakSGD else optimizer.step()
+    assert ours[1].tolist() == theirs[1].tolist()
+    assert str(ours[0].state_dict()) == str(theirs[0].state_dict())
+
+
+@pytest.mark.parametrize("mode", ["autocast", "default dtype", "default device", "inference"])
+def test_a_polyak_step_does_not_follow_the_modes_of_its_caller(mode):
+    def run(inside):
+        x, w = start(torch.float32), torch.ones(2, 2, requires_grad=True)
+        before = torch.get_default_dtype()
+        if inside and mode == "default dtype":
+            torch.set_default_dtype(torch.float64)
+        around = {
+            "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+            "default device": lambda: torch.device("meta"),
+            "inference": torch.inference_mode,
+        }.get(mode, torch.enable_grad)
+        try:
+            with around() if inside else torch.enable_grad():
+                optimizer = PolyakSGD([x, w], momentum=0.5, variant="sps_smooth")
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss = x.square().sum() + w.square().sum()
+                loss.backward()
+                with torch.enable_grad() if mode == "inference" or not inside else around():
+                    optimizer.step(loss=loss)
+        finally:
+            torch.set_default_dtype(before)
+        size = optimizer.param_groups[0]["stepsize"]
+        return size.dtype, size.item(), x.tolist(), w.tolist()
+
+    assert run(True) == run(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from polyak_rl import soft_update
+from polyak_rl import TargetNetwork, flatten_, hard_update, soft_update
 from polyak_rl.pairing import Watch, find_overlap, match, unwrap, walk
 
 
@@ -269,6 +270,87 @@ def test_a_lazy_layer_asks_for_a_batch_first() -> None:
         soft_update(nn.LazyLinear(2), nn.Linear(3, 2))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_with_the_line_that_works() -> None:
+    target, online = torch.jit.script(mlp()), torch.jit.script(mlp(1))
+    with pytest.raises(ValueError, match=r"is TorchScript, .* give dict\(network.named_parameters"):
+        soft_update(target, online)
+    soft_update(dict(target.named_parameters()), dict(online.named_parameters()), 1.0)
+    assert torch.equal(next(target.parameters()), next(online.parameters()))
+
+
+@pytest.mark.parametrize("buffers", ["keep", {"x": "keep"}])
+def test_a_buffer_that_grows_late_may_if_it_is_kept(buffers: Any) -> None:
+    def network(x: float) -> nn.Module:
+        module = nn.BatchNorm1d(2)
+        module.register_buffer("x", torch.full((1,), x))
+        return module
+
+    target, online = network(0.0), network(1.0)
+    follower = TargetNetwork(online, 0.5, buffers=buffers)
+    for _ in range(2):
+        soft_update(target, online, 0.5, buffers=buffers)
+        follower.update()
+        online.x = torch.ones(3)
+        nn.init.constant_(online.weight, 2.0)
+    assert target.x.tolist() == [0.0]
+    assert follower.module.x.tolist() == [1.0]
+    assert target.weight.tolist() == follower.module.weight.tolist() == [1.5, 1.5]
+    with refused("'x' must have one shape", target, online):
+        soft_update(target, online)
+
+
+def test_a_mapping_in_a_mapping_is_refused_with_the_line_that_works() -> None:
+    class TensorDict(dict[str, Any]):  # what TorchRL's has of it
+        def flatten_keys(self, separator: str) -> dict[str, Any]:
+            return {f"{a}{separator}{b}": x for a, inner in self.items() for b, x in inner.items()}
+
+    target = TensorDict(actor={"w": torch.zeros(1)})
+    online = TensorDict(actor={"w": torch.ones(1)})
+    message = r"target\['actor'\] must be a tensor, got dict: give target.flatten_keys\('.'\)"
+    with pytest.raises(TypeError, match=message):
+        soft_update(target, online)
+    soft_update(target.flatten_keys("."), online.flatten_keys("."), 0.5)
+    assert target["actor"]["w"].item() == 0.5
+    with pytest.raises(TypeError, match="got dict: give one level"):
+        soft_update(dict(target), dict(online))
+
+
+def test_networks_are_told_apart_by_identity_whatever_their_equality_says() -> None:
+    class Odd(nn.Linear):
+        __hash__ = nn.Module.__hash__
+
+        def __eq__(self, other: object) -> Any:
+            return torch.ones(2)  # no bool, as of TorchRL's TensorDictParams
+
+    class Equal(nn.Linear):
+        def __hash__(self) -> int:
+            return 0
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    for kind in (Odd, Equal):
+        targets, online = (
+            [nn.Sequential(kind(1, 1, bias=False)) for _ in range(2)],
+            kind(1, 1, False),
+        )
+        nn.init.constant_(online.weight, 1.0)
+        around = nn.Sequential(online)
+        for target in (*targets, *[t[0] for t in targets]):
+            nn.init.zeros_(next(target.parameters()))
+            for _ in range(2):
+                soft_update(target, around if isinstance(target, nn.Sequential) else online, 0.5)
+            assert next(target.parameters()).item() == 0.75
+        targets[0][0] = kind(1, 1, bias=False)  # one that is equal, and another
+        nn.init.zeros_(targets[0][0].weight)
+        soft_update(targets[0], around, 0.5)
+        assert targets[0][0].weight.item() == 0.5
+        flatten_(online)
+        soft_update(targets[0][0], online, 0.5)
+        assert targets[0][0].weight.item() == 0.75
+
+
 def test_a_sharded_tensor_pairs_with_a_sharded_one_only() -> None:
     target, online = nn.Linear(2, 2), nn.Linear(2, 2)
     online.weight._local_tensor = online.weight.data  # type: ignore[attr-defined]
@@ -395,13 +477,39 @@ def test_an_expanded_online_tensor_is_only_read_and_welcome() -> None:
 
 def test_swapped_arguments_are_noticed() -> None:
     target, online = mlp().requires_grad_(False), mlp(1)
-    with refused(
-        "target '0.weight' requires grad and no tensor of online does: .* swapped", online
-    ):
+    online(torch.ones(1, 3)).sum().backward()
+    with refused("target '0.weight' has a gradient, and online is frozen .* swapped", online):
         soft_update(online, target)
     with refused("swapped", online):
         soft_update(online.parameters(), target.parameters())
+    hard_update(online, target)  # a copy back is no average in the wrong direction
+    with refused("swapped", online):
+        soft_update(online, target)
     soft_update(target, online)  # the right way round
+
+
+def test_a_critic_frozen_for_the_actors_step_moves_a_target_that_never_was() -> None:
+    online = mlp()
+    target = copy.deepcopy(online)
+    online(torch.ones(1, 3)).sum().backward()
+    online.requires_grad_(False)
+    exact = [
+        t.detach().lerp(o, 0.5) for t, o in zip(tensors_of(target), tensors_of(mlp(1)), strict=True)
+    ]
+    online.load_state_dict(mlp(1).state_dict())
+    soft_update(target, online, 0.5)
+    assert all(map(torch.equal, tensors_of(target), exact))
+    soft_update(target.parameters(), online.parameters(), 0.5)
+
+
+def test_a_network_may_be_set_back_to_its_target() -> None:
+    online = mlp()
+    target = TargetNetwork(online, 0.5)
+    before = bits(target.module)
+    online(torch.ones(1, 3)).sum().backward()
+    torch.optim.SGD(online.parameters(), 0.1).step()
+    hard_update(online, target.module)
+    assert bits(online) == before
 
 
 def test_two_networks_that_both_train_or_both_do_not_are_welcome() -> None:

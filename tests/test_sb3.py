@@ -1,5 +1,6 @@
 import csv
 import gc
+import json
 import sys
 import weakref
 from types import ModuleType
@@ -22,7 +23,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from polyak_rl import Ema, Tail, Uniform
+from polyak_rl import Between, Choice, Ema, Tail, Uniform
 from polyak_rl.sb3 import (
     AveragedEvalCallback,
     PolyakAveragingCallback,
@@ -30,6 +31,7 @@ from polyak_rl.sb3 import (
     averages_of,
     fast_polyak_update,
     save_averaged,
+    ship,
 )
 
 OFF_POLICY = {"learning_starts": 20, "batch_size": 16, "buffer_size": 1000}
@@ -116,6 +118,39 @@ class Interrupt(BaseCallback):
         if self.n_calls == self.after:
             raise KeyboardInterrupt
         return True
+
+
+class Midway(BaseCallback):
+    """Does something to the model after some calls."""
+
+    def __init__(self, after, what):
+        super().__init__()
+        self.after, self.what = after, what
+
+    def _on_step(self):
+        if self.n_calls == self.after:
+            self.what(self.model)
+        return True
+
+
+class Parity(gym.Env):
+    """Five steps; only the action that the mask leaves gives a reward."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,))
+    action_space = gym.spaces.Discrete(5)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action):
+        reward = float(self.action_masks()[action])
+        self.time += 1
+        return np.full(1, self.time / 5, dtype=np.float32), reward, self.time == 5, False, {}
+
+    def action_masks(self):
+        return np.arange(5) == self.time % 5
 
 
 class Coin(gym.Env):
@@ -236,6 +271,51 @@ def test_the_hook_leaves_with_training_and_an_interrupted_training_does_not_coun
     taken = averaging.averages.clock
     model.train(gradient_steps=1, batch_size=4)
     assert averaging.averages.clock == taken
+
+
+@pytest.mark.parametrize("case", ["sac", "ppo"])
+def test_an_optimizer_that_is_replaced_while_the_model_learns_goes_on_being_counted(case):
+    def replace(model):
+        network, optimizer = acting_network(model)
+        owner = network if hasattr(network, "optimizer") else model.policy
+        owner.optimizer = torch.optim.AdamW(network.parameters(), lr=optimizer.defaults["lr"])
+        iterates.extend(before)
+        after.extend([record_steps(model)])
+
+    model, averaging = make(case), PolyakAveragingCallback()
+    before, iterates, after = record_steps(model), [], []
+    *_, steps, updates = CASES[case]
+    model.learn(steps, callback=[averaging, Midway(after=50, what=replace)])
+    iterates += after[0]
+    assert 0 < len(before) < len(iterates) == updates == averaging.averages.clock
+    with averaging.averages.applied("uniform") as network:
+        assert_close(network, mean(iterates))
+
+
+def test_other_optimizers_and_other_models_are_not_counted():
+    model, other, averaging = make("sac"), make("sac", seed=4), PolyakAveragingCallback()
+    learn = Midway(after=30, what=lambda model: other.learn(40))
+    model.learn(60, callback=[averaging, learn])
+    assert averaging.averages.clock == CASES["sac"][4]
+
+
+def test_a_later_learn_without_the_callback_is_not_counted_after_an_interrupted_one():
+    model, averaging = make("sac"), PolyakAveragingCallback()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(60, callback=[averaging, Interrupt(after=40)])
+    taken = averaging.averages.clock
+    assert taken > 0
+    model.learn(60)
+    assert averaging.averages.clock == taken
+
+
+def test_a_network_that_is_replaced_while_the_model_learns_is_refused():
+    def replace(model):
+        model.actor = model.policy.actor = model.policy.make_actor()
+        model.actor.optimizer = torch.optim.Adam(model.actor.parameters())
+
+    with pytest.raises(ValueError, match="the network that acts was replaced"):
+        make("sac").learn(60, callback=[PolyakAveragingCallback(), Midway(30, replace)])
 
 
 def test_a_large_policy_gets_fewer_segments_by_default():
@@ -452,6 +532,30 @@ def test_episodes_with_random_numbers_inside_are_common_with_a_sub_environment_f
     assert "eval/ema/success_rate" not in model.logger.name_to_value  # dumped already
 
 
+def test_an_average_that_cannot_be_given_yet_is_left_out_of_the_evaluation():
+    contrib = pytest.importorskip("sb3_contrib")
+    model = contrib.QRDQN("MlpPolicy", "CartPole-v1", seed=3, device="cpu", **OFF_POLICY)
+    averaging = PolyakAveragingCallback({"tail50": Tail(0.5), "m": Uniform()}, capacity=16)
+    evaluation = AveragedEvalCallback(eval_env("dqn"), eval_freq=4, n_eval_episodes=1, verbose=0)
+    model.learn(200, callback=[averaging, evaluation])
+    evaluated = {name: len(kept["results"]) for name, kept in evaluation.averaged.items()}
+    assert evaluated["m"] == 50 > evaluated["tail50"] > 5
+
+
+def test_masked_actions_are_never_taken_where_last_and_averages_are_evaluated():
+    contrib = pytest.importorskip("sb3_contrib")
+    model = contrib.MaskablePPO("MlpPolicy", Parity(), n_steps=20, batch_size=20, device="cpu")
+    env = DummyVecEnv([lambda: Monitor(Parity())] * 2)
+    evaluation = AveragedEvalCallback(env, eval_freq=20, n_eval_episodes=4, verbose=0)
+    model.learn(40, callback=[PolyakAveragingCallback(), evaluation])
+    assert evaluation.last_mean_reward == 5.0
+    assert {float(np.min(kept["results"])) for kept in evaluation.averaged.values()} == {5.0}
+    assert "predict" not in vars(model)
+    unmasked = AveragedEvalCallback(eval_env("ppo"), verbose=0)
+    with pytest.raises(ValueError, match=r"MaskablePPO acts by masks: eval_env needs the method"):
+        model.learn(40, callback=[PolyakAveragingCallback(), unmasked])
+
+
 # --- resuming -------------------------------------------------------------------------------------
 
 
@@ -519,9 +623,57 @@ def test_mistakes_are_said_in_a_sentence(tmp_path):
     torch.save({"format": "other"}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("not a file of tensors")
     for name in ("other.pt", "text.pt"):
-        with pytest.raises(ValueError, match=f"{name} holds no averages"):
+        with pytest.raises(ValueError, match=f"{name} is not averages"):
             PolyakAveragingCallback.load(tmp_path / name, model)
     assert not [*tmp_path.glob("never*")]
+
+
+# --- shipping -------------------------------------------------------------------------------------
+
+
+def test_what_is_shipped_is_the_winner_valued_on_episodes_that_chose_nothing(tmp_path):
+    model = make("ppo", learning_rate=0.05)
+    model.learn(640, callback=PolyakAveragingCallback({"mean": Uniform()}))
+    before = weights(model.policy)
+    choice = ship(model, eval_env("ppo", 3), episodes=60, path=tmp_path / "shipped.zip")
+    assert same(weights(model.policy), before)
+    windows = {f"window{p}" for p in range(95, 50, -5)}
+    assert {"last", "mean", "tail5", "tail10", "tail25", "tail50", *windows} == {*choice.choosing}
+    assert sum(map(len, choice.choosing.values())) <= 60
+    assert choice.prior == "tail25"
+
+    record = json.loads((tmp_path / "shipped.json").read_text())
+    assert Choice(**record) == choice
+    shipped = PPO.load(tmp_path / "shipped", device="cpu")
+    percent = int(choice.winner.removeprefix("window"))  # with these seeds
+    with averages_of(model).applied(Between((percent - 5) / 100, percent / 100)) as network:
+        assert same(weights(shipped.policy), weights(network))
+    again = ship(model, eval_env("ppo"), episodes=60)  # one environment in place of three
+    assert again == choice
+    other = ship(model, eval_env("ppo"), episodes=0, start=choice.next_start)
+    assert (other.winner, other.episodes) == ("tail25", 0)
+
+
+def test_shipping_takes_masks_and_the_statistics_of_training():
+    contrib = pytest.importorskip("sb3_contrib")
+    model = contrib.MaskablePPO("MlpPolicy", Parity(), n_steps=20, batch_size=20, device="cpu")
+    model.learn(40, callback=PolyakAveragingCallback(capacity=20))
+    choice = ship(model, Parity(), episodes=40)
+    assert {x for row in (choice.choosing | choice.valuing).values() for x in row} == {5.0}
+    assert choice.winner == "tail25"  # all are tied
+
+    env = VecNormalize(make_vec_env("Pendulum-v1", seed=1))
+    model = make("sac", env)
+    model.learn(60, callback=PolyakAveragingCallback())
+    with pytest.raises(ValueError, match="that of training is a VecNormalize and env is none"):
+        ship(model, make_vec_env("Pendulum-v1"), episodes=0)
+    mean, count = env.obs_rms.mean.copy(), env.obs_rms.count
+    plain = VecNormalize(make_vec_env("Pendulum-v1"))
+    choice = ship(model, plain, episodes=40)
+    assert max(map(max, choice.valuing.values())) < -100  # as they are, not normalised
+    assert plain.obs_rms.mean.tolist() == mean.tolist()
+    assert env.obs_rms.count == count
+    assert env.training
 
 
 # --- fast_polyak_update ---------------------------------------------------------------------------

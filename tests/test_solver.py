@@ -1,6 +1,7 @@
 """PolyakSGDSolver against jaxopt's numbers, a slow float64 reference, and closed forms."""
 
 import math
+import pickle
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -465,3 +466,41 @@ def test_nonsense_is_refused(option, message):
 def test_parameters_without_tensors_are_refused(params, found):
     with pytest.raises(ValueError, match=f"pytree of floating-point tensors, got .*{found}"):
         PolyakSGDSolver(square).run(params)
+
+
+@pytest.mark.parametrize(
+    "aux", [None, 1.5, "text", (1, None), {"a": [torch.ones(2), "b", None]}, [], object()]
+)
+@pytest.mark.parametrize("value_and_grad", [False, True])
+def test_what_fun_returns_beside_its_value_may_be_anything(aux, value_and_grad):
+    def fun(x):
+        value = (x.square().sum(), aux)
+        return (value, 2 * x) if value_and_grad else value
+
+    solver = PolyakSGDSolver(fun, has_aux=True, value_and_grad=value_and_grad, maxiter=2)
+    _, state = solver.run(torch.tensor([3.0, 4.0]))
+    assert str(state.aux) == str(aux)
+    assert type(state.aux) is type(aux)
+
+
+def test_conjugate_gradients_do_not_follow_autocast():
+    a = torch.tensor([[2.0, 1.0], [1.0, 3.001]])
+    b = torch.tensor([1.0, 2.003])
+    plain = conjugate_gradient(lambda v: (a * v).sum(1), b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conjugate_gradient(lambda v: (a * v).sum(1), b), plain)
+
+
+def halves(x):
+    return (x / 2).square().sum()
+
+
+def test_a_solver_and_its_state_are_packed_and_go_on(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: lambda *a: f(*a))  # no pickle takes a lambda
+    solver = PolyakSGDSolver(halves, momentum=0.5, jit=True)
+    x = torch.tensor([3.0, 4.0])
+    step = solver.update(x, solver.init_state(x))
+    packed_solver, packed_step = pickle.loads(pickle.dumps((solver, step)))
+    ours, theirs = solver.update(*step), packed_solver.update(*packed_step)
+    assert torch.equal(ours.params, theirs.params)
+    assert str(ours.state) == str(theirs.state)

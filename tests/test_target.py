@@ -469,16 +469,16 @@ def test_a_write_to_one_16_bit_tensor_leaves_the_masters_of_the_others() -> None
     target = TargetNetwork(online, 0.005)
     step(online)
     target.update()
-    masters = {name: m.clone() for name, m in target.get_extra_state()["masters"].items()}
+    masters = {name: m.clone() for name, m in target.state_dict().items() if "masters" in name}
     with torch.no_grad():
         target.module[0].bias.fill_(1.0)
     target.tau = 0.0
     target.tau = 0.005
     target.update()
     for name, p in online.named_parameters():
-        start = torch.ones(4) if name == "0.bias" else masters[name]
+        start = torch.ones(4) if name == "0.bias" else masters[f"masters.{name}"]
         expected = start.lerp(p.detach().float(), 0.005)
-        assert torch.equal(target.get_extra_state()["masters"][name], expected)
+        assert torch.equal(target.state_dict()[f"masters.{name}"], expected)
 
 
 def test_networks_of_two_precisions_meet_in_the_targets_or_its_masters() -> None:
@@ -522,6 +522,85 @@ def test_the_copy_is_frozen_in_eval_mode_and_called_through() -> None:
     assert all(not p.requires_grad for p in target.parameters())
     assert all(p.requires_grad for p in online.parameters())
     assert target.module[2].num_batches_tracked.item() == 0
+
+
+class Policy(nn.Module):
+    """What the agents of others read of a network beside calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(2, 2)
+        self.register_buffer("action_scale", torch.tensor(2.0))
+        self.bound = 3.0
+        self.register_buffer("epsilon", torch.zeros(2))
+
+    def get_action(self, x: Tensor) -> Tensor:
+        return self.q(x) * self.action_scale
+
+    def reset_noise(self) -> None:
+        self.epsilon.add_(1.0)
+
+    def __deepcopy__(self, memo: Any) -> Policy:
+        twin = Policy()
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+def test_what_the_target_does_not_have_is_read_from_the_copy_and_not_set_there() -> None:
+    online = Policy()
+    target = TargetNetwork(online, 0.5)
+    x = torch.ones(1, 2)
+    assert target.q is target.module.q
+    assert target.q is not online.q
+    assert target.action_scale is target.module.action_scale
+    assert target.bound == 3.0
+    assert torch.equal(target.get_action(x), online.get_action(x))
+    assert not target.get_action(x).requires_grad
+    target.bound = 4.0
+    assert (target.bound, target.module.bound) == (4.0, 3.0)
+    with pytest.raises(AttributeError, match="'Policy' object has no attribute 'nothing'"):
+        _ = target.nothing
+    assert not hasattr(TargetNetwork.__new__(TargetNetwork), "q")
+    for twin in (copy.deepcopy(target), pickle.loads(pickle.dumps(target))):
+        assert isinstance(twin, TargetNetwork)  # and not what the copy makes of itself
+        assert twin.q is twin.module.q
+        twin.update()
+
+
+def test_an_item_that_is_asked_of_the_target_is_the_copys() -> None:
+    networks = nn.ModuleDict({"actor": mlp(), "critic": mlp(1)})
+    target = TargetNetwork(networks)
+    assert target["actor"] is target.module["actor"]
+    assert "actor" in target
+    assert [*target] == ["actor", "critic"]
+    layers = TargetNetwork(mlp())
+    assert layers[0] is layers.module[0]
+    assert len([*layers]) == 3
+    assert bool(target)
+    with pytest.raises(TypeError):
+        _ = TargetNetwork(nn.Linear(2, 2))[0]
+
+
+def test_a_noisy_target_has_the_noise_of_online_or_keeps_its_own() -> None:
+    online = Policy()
+    online.reset_noise()
+    same, own = TargetNetwork(online), TargetNetwork(online, buffers={"epsilon": "keep"})
+    own.reset_noise()
+    online.reset_noise()
+    online.reset_noise()
+    same.update()
+    own.update()
+    assert same.epsilon.tolist() == [3.0, 3.0]
+    assert own.epsilon.tolist() == [2.0, 2.0]
+    own.train()
+    assert not own.module.training
+    own.module.train()
+    assert own.q.training
+
+
+def test_a_lazy_network_asks_for_a_batch_first() -> None:
+    with pytest.raises(ValueError, match="'weight' is not initialised yet: run one batch"):
+        TargetNetwork(nn.LazyLinear(2))
 
 
 def test_a_parameter_without_elements_is_frozen_too() -> None:
@@ -866,19 +945,22 @@ def test_a_resumed_target_goes_on_bit_for_bit(how: str, flat: bool, dtype: torch
         run(network, 300)
     assert bits(resumed) == bits(agent)
     assert resumed["target"].clock == 307
-    ours, theirs = (a["target"].get_extra_state()["masters"] for a in (agent, resumed))
+    ours, theirs = (a.state_dict() for a in (agent, resumed))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert len(ours) == (4 if dtype == torch.bfloat16 else 0)
+    masters = [name for name in ours if name.startswith("target.masters.")]
+    assert len(masters) == (4 if dtype == torch.bfloat16 else 0)
 
 
 def test_the_state_is_tensors_and_plain_values() -> None:
     target = TargetNetwork(mlp().bfloat16())
     target.update()
-    state = target.get_extra_state()
-    assert state["clock"] == 1
-    assert sorted(state["masters"]) == ["0.bias", "0.weight", "2.bias", "2.weight"]
-    assert all(m.dtype == torch.float32 for m in state["masters"].values())
+    state = target.state_dict()
+    assert all(isinstance(x, Tensor) for x in state.values())
+    assert state["clock"].item() == 1
+    masters = {name: x for name, x in state.items() if name.startswith("masters.")}
+    assert sorted(name[8:] for name in masters) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert all(m.dtype == torch.float32 for m in masters.values())
 
 
 def test_masters_of_another_network_are_refused() -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from agents.checkpoint import write_whole
 from agents.training import TrainConfig
+from polyak_rl.files import write_whole
 
 LAYOUT = {
     "evaluation": {
@@ -160,7 +160,8 @@ class RunFolder:
 
     def finish(self, policy: Mapping[str, Tensor], *, completed: bool = True) -> None:
         """Save the policy's weights; of a completed run, the score beside the hyper-parameters."""
-        write_whole(self.path / "policy.pt", lambda file: torch.save(dict(policy), file))
+        with write_whole(self.path / "policy.pt") as file:
+            torch.save(dict(policy), file)
         if completed and self.last:
             plain = {
                 # a bool would be shown as 0.0000 or 1.0000
@@ -237,7 +238,8 @@ class RunFolder:
             (at, np.array([float(row[3]) for row in rows]), np.array([int(row[4]) for row in rows]))
             for at, rows in last.items()
         ]
-        write_whole(table, lambda file: file.write("".join(kept).encode()))
+        with write_whole(table) as file:
+            file.write("".join(kept).encode())
         if self.last:
             self._write_archive()
         else:

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from numbers import Real
-from typing import Any, Literal, TypeAlias, TypeVar
+from operator import call
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from polyak_rl.buffers import Buffers, Treatment, by_pattern, choose_treatments
 from polyak_rl.flat import coalesce
-from polyak_rl.pairing import Pair, Watch, is_sharded, require_matches, shard_of
+from polyak_rl.pairing import Pair, Watch
 
 Tau: TypeAlias = float | Tensor | Mapping[str, float]
 """One number in [0, 1], a 0-dim tensor on the networks' device, or a number per name pattern."""
 
-Policy: TypeAlias = Literal["copy", "average", "keep"]
-"""What happens to a buffer: copied exactly, averaged like a parameter, or left alone."""
+Call: TypeAlias = Callable[[], object]
 
-Buffers: TypeAlias = Policy | Mapping[str, Policy]
-"""One policy, or a policy per name pattern; of several patterns that match the last one counts."""
+refusals: list[Callable[[list[Pair]], None]] = []
+"""Each is called with the pairs of an update before it writes, and raises where it must not."""
+
+
+class Terms(NamedTuple):
+    """On which terms a tensor follows: its treatment, and its own tau if there are patterns."""
+
+    treatment: Treatment
+    tau: float | None
+
+
+def terms_of(pairs: list[Pair], tau: Tau, buffers: Buffers) -> dict[str, Terms]:
+    """What the patterns say of each tensor."""
+    treatments = choose_treatments([(p.name, p.target, p.is_buffer) for p in pairs], buffers)
+    taus: Mapping[str, float] = {}
+    if isinstance(tau, Mapping):
+        moving = [pair.name for pair in pairs if treatments[pair.name] == "average"]
+        taus = by_pattern("tau", tau, moving)
+    return {name: Terms(how, taus.get(name)) for name, how in treatments.items()}
 
 
 class Plan:
@@ -35,18 +52,18 @@ class Plan:
         self,
         pairs: list[Pair],
         tau: Tau,
-        rules: Mapping[str, tuple[Policy, float | None]],
+        terms: Mapping[str, Terms],
         masters: Mapping[str, Tensor] | None = None,
         modules: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         self.pairs = pairs
-        self.rules = rules
+        self.terms = terms
         moving, copied = [], []
         for pair in pairs:
-            policy, _ = rules[pair.name]
-            if policy == "average":
+            treatment, _ = terms[pair.name]
+            if treatment == "average":
                 moving.append(pair)
-            elif policy == "copy":
+            elif treatment == "copy":
                 copied.append(pair)
         self._copied = ([pair.target for pair in copied], [pair.online for pair in copied])
         has_masters = masters is not None and any(map(_is_coarse, moving))
@@ -54,34 +71,49 @@ class Plan:
             moving = coalesce(moving, *modules)
         kinds: dict[Any, list[Pair]] = {}
         for pair in moving:
-            own_tau = rules[pair.name][1] if pair.name in rules else None
+            own_tau = terms[pair.name].tau if pair.name in terms else None
             kind = (pair.target.dtype, pair.online.dtype, pair.target.device, own_tau)
             kinds.setdefault(kind, []).append(pair)
         self._groups = [_Group(group, kind[-1], masters) for kind, group in kinds.items()]
         # True while the modules hold the tensors that this plan writes and reads
         self.intact = Watch(*modules).intact if modules is not None else _never
+        self._with_masters = [group for group in self._groups if group.masters]
+        self._traced = torch.compiler.is_compiling()
         self.set_tau(check_tau(tau))
 
     def set_tau(self, tau: Tau) -> None:
         """Use another tau; a mapping must be the one that the plan was made with."""
-        calls: list[Callable[[], object]] = []
-        for group in self._groups:
-            calls += group.move(tau if group.tau is None else group.tau)
-        if self._copied[0]:
-            calls.append(partial(torch._foreach_copy_, *self._copied))
-        self._calls = calls
+        calls = [
+            move
+            for group in self._groups
+            for move in group.move(tau if group.tau is None else group.tau)
+        ]
+        self.tau, self._calls = tau, calls + self._copies()
 
-    def apply(self) -> None:
-        """Move every tensor by one update."""
-        for call in self._calls:
-            call()
+    def apply(self, *last: Call) -> None:
+        """Move every tensor by one update, then call ``last``: all of it or nothing."""
+        self._run(self._calls, last)
 
     def copy(self) -> None:
         """Make every tensor equal to its online one, bit for bit."""
-        for call in [call for group in self._groups for call in group.copy()]:
-            call()
-        if self._copied[0]:
-            torch._foreach_copy_(*self._copied)
+        self._run([copy for group in self._groups for copy in group.copy()] + self._copies())
+
+    def _copies(self) -> list[Call]:
+        return [partial(torch._foreach_copy_, *self._copied)] if self._copied[0] else []
+
+    def _run(self, calls: list[Call], last: tuple[Call, ...] = ()) -> None:
+        for refuse in refusals:
+            refuse(self.pairs)
+        if self._traced:
+            for one in (*calls, *last):
+                one()
+            return
+        for group in self._with_masters:
+            group.notice_writes()
+        # One call of C: an interrupt is served before or after all of it, never in between.
+        [*map(call, (*calls, *last))]
+        for group in self._with_masters:
+            group.remember_writes()
 
     @property
     def masters(self) -> dict[str, Tensor]:
@@ -107,9 +139,10 @@ class _Group:
         self._sources = self._onlines  # what it moves to: the online tensors, or those cast
         if self._averages[0].dtype != self._onlines[0].dtype:
             self._sources = [torch.empty_like(average) for average in self._averages]
-        self._versions = [target._version for target in self._targets] if self.masters else []
+        if self.masters:
+            self.remember_writes()
 
-    def move(self, tau: Any) -> list[Callable[[], object]]:
+    def move(self, tau: Any) -> list[Call]:
         """The calls that move the targets by one update.
 
         Raises:
@@ -129,33 +162,47 @@ class _Group:
             )
         if _is_end(tau):
             return self.copy() if tau == 1 else []
-        calls: list[Callable[[], object]] = []
-        if self.masters and not torch.compiler.is_compiling():
-            calls.append(self._notice_writes)
+        calls: list[Call] = []
         if self._sources is not self._onlines:
             calls.append(partial(torch._foreach_copy_, self._sources, self._onlines))
         if len(self._averages) == 1:
             calls.append(partial(self._averages[0].lerp_, self._sources[0], tau))
         else:
-            weight = [tau] * len(self._averages) if isinstance(tau, Tensor) else tau
+            weight = tau
+            if isinstance(tau, Tensor) and first.target.is_cpu:
+                weight = [tau] * len(self._averages)
+            elif isinstance(tau, Tensor):
+                # Of weights of one element torch makes a launch a tensor; these take two for all.
+                memory, weight = self._weights
+                calls.append(partial(memory.copy_, tau))
             calls.append(partial(torch._foreach_lerp_, self._averages, self._sources, weight))
         return calls + self._round()
 
-    def copy(self) -> list[Callable[[], object]]:
+    @cached_property
+    def _weights(self) -> tuple[Tensor, list[Tensor]]:
+        """Memory for one weight an element, and its parts beside the averages."""
+        sizes = [average.numel() for average in self._averages]
+        memory = self._averages[0].new_empty(sum(sizes))
+        both = zip(torch.split(memory, sizes), self._averages, strict=True)
+        parts = [
+            part.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+            for part, like in both
+        ]
+        return memory, parts
+
+    def copy(self) -> list[Call]:
         """The calls that make the targets equal to the online tensors."""
         return [partial(torch._foreach_copy_, self._averages, self._onlines), *self._round()]
 
-    def _round(self) -> list[Callable[[], object]]:
-        """The calls that bring the masters' values to the targets."""
-        if not self.masters:
-            return []
-        rounding = partial(torch._foreach_copy_, self._targets, self._averages)
-        return [rounding] if torch.compiler.is_compiling() else [rounding, self._remember_writes]
+    def _round(self) -> list[Call]:
+        """The call that brings the masters' values to the targets."""
+        return [partial(torch._foreach_copy_, self._targets, self._averages)] * bool(self.masters)
 
-    def _remember_writes(self) -> None:
+    def remember_writes(self) -> None:
+        """Take what the targets hold for what the masters have given them."""
         self._versions = [target._version for target in self._targets]
 
-    def _notice_writes(self) -> None:
+    def notice_writes(self) -> None:
         """Start again from values that somebody else wrote to the copy (loaded weights, say)."""
         for target, master, version in zip(
             self._targets, self._averages, self._versions, strict=True
@@ -189,18 +236,6 @@ def _master(target: Tensor, known: Tensor | None) -> Tensor:
     return torch.where(known.to(target.dtype).to(torch.float32) == master, known, master)
 
 
-def detached(pairs: list[Pair]) -> list[Pair]:
-    """The same pairs apart from any graph."""
-    return [Pair(p.name, p.target.detach(), p.online.detach(), p.is_buffer) for p in pairs]
-
-
-def shards(pairs: list[Pair]) -> list[Pair]:
-    """Pairs of what this process holds: all of a plain tensor, its shard of a DTensor."""
-    if not any(is_sharded(pair.target) for pair in pairs):
-        return pairs
-    return [Pair(p.name, shard_of(p.target), shard_of(p.online), p.is_buffer) for p in pairs]
-
-
 def check_tau(tau: Tau) -> Tau:
     """Tau as a float, a detached tensor or a mapping to floats; ValueError if it is none."""
     if isinstance(tau, Tensor):
@@ -221,51 +256,14 @@ def _check_number(tau: float) -> float:
     return float(tau)
 
 
-def choose_policies(
-    tensors: Sequence[tuple[str, Tensor, bool]], buffers: Buffers
-) -> dict[str, Policy]:
-    """What happens to each (name, tensor, is_buffer): parameters are averaged, integers never."""
-    for policy in buffers.values() if isinstance(buffers, Mapping) else [buffers]:
-        if policy not in ("copy", "average", "keep"):
-            raise ValueError(f"buffers must be 'copy', 'average' or 'keep', got {policy!r}")
-    names = [name for name, _, is_buffer in tensors if is_buffer]
-    if isinstance(buffers, Mapping):
-        policies = _by_pattern("buffers", buffers, names, "copy")
-    else:
-        policies = dict.fromkeys(names, buffers)
-    for name, tensor, _ in tensors:
-        policy = policies.setdefault(name, "average")
-        if policy == "average" and not (tensor.is_floating_point() or tensor.is_complex()):
-            policies[name] = "copy"
-    return policies
+try:
+    torch.cuda.is_current_stream_capturing()
+    _without_cuda = None
+except RuntimeError:
+    _without_cuda = torch.cuda.is_current_stream_capturing
 
 
-def tensor_rules(
-    pairs: list[Pair], tau: Tau, buffers: Buffers
-) -> dict[str, tuple[Policy, float | None]]:
-    """What the patterns say of each tensor: its policy, and its own tau if there are patterns."""
-    policies = choose_policies([(p.name, p.target, p.is_buffer) for p in pairs], buffers)
-    taus: Mapping[str, float] = {}
-    if isinstance(tau, Mapping):
-        moving = [pair.name for pair in pairs if policies[pair.name] == "average"]
-        taus = _by_pattern("tau", tau, moving)
-    return {name: (policy, taus.get(name)) for name, policy in policies.items()}
-
-
-_T = TypeVar("_T")
-
-
-def _by_pattern(
-    argument: str, patterns: Mapping[str, _T], names: list[str], default: _T | None = None
-) -> dict[str, _T]:
-    """The value of the last pattern that matches each name."""
-    require_matches(argument, patterns, names)
-    values = {}
-    for name in names:
-        found = [value for pattern, value in patterns.items() if fnmatchcase(name, pattern)]
-        if not found and default is None:
-            raise ValueError(
-                f"no {argument} pattern matches {name!r}; the patterns are {[*patterns]}"
-            )
-        values[name] = found[-1] if found else default
-    return values  # type: ignore[return-value]
+def is_capturing() -> bool:
+    """True while the current CUDA stream records a graph: what Python does is not in it."""
+    ask = torch.cuda.is_current_stream_capturing
+    return ask is not _without_cuda and ask()
