@@ -74,6 +74,9 @@ class Learner:
             self._batches = self.replay.batches(batch_size, self.sampling, count)
             return
         self.program.renew()
+        if not self.program.recorded:
+            for target in self.agent.targets.values():
+                target.lag()  # it lies where it will stay, and has its plan
         self._size.fill_(self.replay.size)
         self._due = count
 

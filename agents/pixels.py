@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agents.networks import MLP, QNetwork
-from agents.replay import Batch, Replay, Upload
+from agents.replay import Batch, Replay, Upload, require_memory
 from agents.seeding import Streams
 
 Shape = tuple[int, int, int]
@@ -287,6 +287,7 @@ class FrameReplay(Replay):
         members, made, *image = self.frames.shape
         if made + more > 2**24:
             raise ValueError(f"a replay of frames has at most {2**24} places, got {made + more}")
+        require_memory(self.frames.device, members, (made + more) * math.prod(image))
         # Uninitialised on purpose: the system hands out the pages as they are first written.
         frames = self.frames.new_empty(members, made + more, *image)
         frames[:, :made] = self.frames

@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+try:  # private, or called experimental: torch may move them
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves, tree_map_only
+except ImportError as error:
+    raise ImportError(
+        f"agents/program.py is written for torch 2.11 to 2.13, got {torch.__version__}: {error}"
+    ) from error
 
 Step = Callable[..., dict[str, Tensor]]
 Run = Callable[[], Sequence[Tensor]]
@@ -44,7 +50,7 @@ class Program:
 
     Raises:
         RuntimeError: At the first call: `step` draws random numbers, takes a tensor's value by
-            `item()` or as a condition, or the compiler fails.
+            `item()` or as a condition, moves a tensor to other memory, or the compiler fails.
     """
 
     def __init__(
@@ -64,14 +70,18 @@ class Program:
         return dict(zip(recorded.names, recorded.run(), strict=True))
 
     def renew(self) -> None:
-        """Look whether all memory is where it was; what was recorded of other memory is dropped."""
+        """Look whether all memory is where it was; what was recorded of other memory is dropped.
+
+        A function that moves memory itself, as a target network does that follows its online
+        network to another place, must have done so before.
+        """
         self.recorded = {key: one for key, one in self.recorded.items() if one.current()}
 
     @torch.enable_grad()  # what differentiates a loss is part of it
     def _trace(self, values: Sequence[Any]) -> "_Recorded":
         """Record the operations as a graph of all memory that is touched."""
         rehearsal = _rehearse(self._step, values)
-        memory = [*rehearsal.memory.values()]
+        memory, places = [*rehearsal.memory.values()], rehearsal.places()
         names: list[str] = []
 
         def step(*tensors: Tensor) -> list[Tensor]:
@@ -82,7 +92,7 @@ class Program:
 
         graph = make_fx(step, tracing_mode="fake")(*memory)
         run = self._build(graph, memory)
-        return _Recorded(names, lambda: run(*memory), rehearsal.places())
+        return _Recorded(names, lambda: run(*memory), places)
 
     @torch.enable_grad()  # what differentiates a loss is part of it
     def _capture(self, values: Sequence[Any]) -> "_Recorded":
@@ -91,7 +101,7 @@ class Program:
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # where libraries set themselves up, before the capture
-            rehearsal = _rehearse(self._step, values)
+            places = _rehearse(self._step, values).places()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
@@ -102,7 +112,7 @@ class Program:
             graph.replay()
             return tensors
 
-        return _Recorded([*results], run, rehearsal.places())
+        return _Recorded([*results], run, places)
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.memory: dict[int, Tensor] = {}
         self._copies: dict[int, Tensor] = {}
-        self._touched: dict[int, weakref.ref[Tensor]] = {}
+        self._touched: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._others = {0}  # 0: of tensors without elements
         self._made: list[Tensor] = []  # kept, lest an address come up twice
 
@@ -154,7 +164,7 @@ class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(x, Tensor) and (address := _address(x)) not in self._others:
                 if address not in self.memory:
                     self.memory[address] = x.new_empty(0).set_(x.untyped_storage())
-                self._touched[id(x)] = weakref.ref(x)
+                self._touched[id(x)] = weakref.ref(x), x.data_ptr()
         for x in _written(func, args, kwargs):
             if (address := _address(x)) in self.memory and address not in self._copies:
                 self._copies[address] = self.memory[address].clone()
@@ -172,9 +182,15 @@ class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._copies, self._made = {}, []
 
     def places(self) -> list[tuple[weakref.ref[Tensor], int]]:
-        """The tensors that outlive the function, and where they lie."""
-        alive = [(ref, ref()) for ref in self._touched.values()]
-        return [(ref, tensor.data_ptr()) for ref, tensor in alive if tensor is not None]
+        """The tensors that outlive the function, and where they lie.
+
+        Raises:
+            RuntimeError: The function moved one of them.
+        """
+        alive = [(ref, ref(), place) for ref, place in self._touched.values()]
+        if any(tensor is not None and tensor.data_ptr() != place for _, tensor, place in alive):
+            raise RuntimeError("this cannot be one program: it moves a tensor's memory")
+        return [(ref, place) for ref, tensor, place in alive if tensor is not None]
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -237,8 +253,13 @@ def require_compiler() -> None:
     Raises:
         ValueError: There is no C++ compiler, or there are no headers of Python.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler  # a second, for those who want it
-    from torch._inductor.exc import InvalidCxxCompiler
+    try:  # a second, for those who want it
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError as error:
+        raise ValueError(
+            f"compile needs torch 2.11 to 2.13, here is {torch.__version__}: {error}"
+        ) from error
 
     try:
         get_cpp_compiler()

@@ -68,6 +68,8 @@ class TrainConfig:
     """environment steps between two readings of losses and speed"""
     device: str = "cpu"
     """where networks and replay buffer live, as torch names it"""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """of products on CUDA: float32, or TF32's 10 bits for speed; holds for the whole process"""
     compile: bool = False
     """make the gradient step one program, for a constant learning rate; its numbers are read once.
     On CPU it is compiled, by a C++ compiler in some ten seconds, each step the same to rounding; on
@@ -140,6 +142,10 @@ class Training:
         if config.on_nonfinite == "skip" and len(self.seeds) > 1:
             raise ValueError("on_nonfinite skip trains one seed: several would skip together")
         self.device = torch.device(config.device)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision(config.matmul_precision)
+        elif config.matmul_precision != "highest":
+            raise ValueError(f"matmul_precision {config.matmul_precision!r} is for CUDA only")
         if config.compile:
             _check_compile(config, self.device)
         self.envs = vector_env(config.env_id, self.seeds, config.n_envs) if envs is None else envs

@@ -225,6 +225,33 @@ def test_a_checkpoint_goes_on_on_another_device_and_says_so(tmp_path, there, her
     assert all(x.isfinite().all() for x in state_of(second).values())
 
 
+# ---------------------------------------------------------------------------- memory, precision
+
+
+@needs_pretence
+def test_seeds_that_do_not_fit_are_refused(cuda):
+    cuda.memory = 2**20
+    message = (
+        "the replay buffers of 20 seeds take 1 MiB, 0.06 each, and cuda(:0)? has 1 left: train at "
+        "most 16 seeds at once, or choose a smaller buffer_size"
+    )
+    with pytest.raises(ValueError, match=message):
+        training("dqn", 20, steps=1450)
+    training("dqn", 16, steps=1450).close()
+
+
+def test_products_are_float32_unless_tf32_is_asked_for():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for options, expected in (({"matmul_precision": "high"}, "high"), ({}, "highest")):
+            training("dqn", **options)
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with pytest.raises(ValueError, match="matmul_precision 'high' is for CUDA only"):
+        training("dqn", device="cpu", compile=False, matmul_precision="high")
+
+
 # ------------------------------------------------------------------------------------ misuse
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPG, DDPGConfig
@@ -174,7 +174,7 @@ def test_a_program_is_made_anew_where_what_it_writes_to_was_replaced():
             parameter.data = 2 * parameter.data
         for _ in range(3):
             step(one)
-    assert len(builds) == 3  # also for the flat memory to which the target's update brings them
+    assert len(builds) == 2
     assert_same(tensors(program.agent), tensors(eager.agent))
 
 
@@ -227,6 +227,18 @@ def test_a_step_that_reads_a_value_is_refused(device, read):
     with pytest.raises(RuntimeError, match="this cannot be one program: it reads a tensor's value"):
         Program(step, device)()
     assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_step_that_moves_memory_is_refused(device):
+    weight = nn.Parameter(torch.ones(3, device=device))
+
+    def step():
+        weight.data = weight.data * 2
+        return {}
+
+    with pytest.raises(RuntimeError, match="cannot be one program: it moves a tensor's memory"):
+        Program(step, device)()
 
 
 @pytest.mark.parametrize("generator", [None, torch.Generator()])
