@@ -333,10 +333,11 @@ class Training:
         )
         self.obs = next_obs = self._observations(observed)
         ended = terminated | truncated
+        some_ended = bool(ended.any())
         real = np.ones(len(ended), dtype=bool)
         if self.autoreset == AutoresetMode.NEXT_STEP:
             real = ~self.ended  # the step after an end only resets: it is no transition at all
-        elif ended.any():
+        elif some_ended:
             # `observed` already begins the next episode there; the transition ends in the old one
             next_obs = next_obs.copy()
             for i in np.flatnonzero(ended):
@@ -363,7 +364,7 @@ class Training:
         self.episode_return[real] += reward[real]
         self.episode_length[real] += 1
         self.ended = ended
-        if ended.any():
+        if some_ended:
             self._finish_episodes()
 
     def _finish_episodes(self) -> None:
