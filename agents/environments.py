@@ -1,7 +1,8 @@
 """Environments: how they look to an agent, seeds of their episodes, and what they must return."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation
 from numpy.typing import NDArray
 
 from agents.nonfinite import NonFiniteError
@@ -48,7 +49,11 @@ class Interface:
         """The environment's form of an agent's actions [..., A] in [-1, 1], or indices [...]."""
         if self.discrete:
             return action + self.low if self.low.item() else action
-        scaled = self.low + (action + 1) * (0.5 * (self.high - self.low))
+        half = 0.5 * self.high - 0.5 * self.low
+        if half.max() > 0.25 * np.finfo(half.dtype).max:  # twice half would overflow
+            scaled = 0.5 * self.low + 0.5 * self.high + action * half
+        else:
+            scaled = self.low + (action + 1) * half
         # rounding may pass a bound by a unit in the last place
         clipped: NDArray[Any] = np.clip(scaled, self.low, self.high)
         return clipped
@@ -67,11 +72,18 @@ def interface(obs_space: gym.Space[Any], action_space: gym.Space[Any], algo: str
         case spaces.Box(shape=(size,)):
             obs_dim = size
         case spaces.Box(shape=(frames, height, width), dtype=np.uint8) if algo == "dqn":
+            if frames >= min(height, width):
+                raise ValueError(
+                    "images must be (frames, height, width), with fewer frames than pixels either "
+                    f"way, got {obs_space.shape}: for channels last, --wrap a wrapper that "
+                    "transposes them"
+                )
             obs_dim = (frames, height, width)
         case _:
             images = "; dqn also takes images, a uint8 Box (frames, height, width)"
             raise ValueError(
-                f"observations must be a one-dimensional Box, got {obs_space}"
+                f"observations must be a one-dimensional Box, got {obs_space}: --wrap a wrapper "
+                "that makes them one, such as gymnasium.wrappers:FlattenObservation"
                 + (images if algo == "dqn" else "")
             )
     if algo == "dqn":
@@ -81,46 +93,160 @@ def interface(obs_space: gym.Space[Any], action_space: gym.Space[Any], algo: str
         return Interface(obs_dim, int(action_space.n), True, start, start)
     if not isinstance(action_space, spaces.Box) or len(action_space.shape) != 1:
         raise ValueError(f"{algo} needs actions in a one-dimensional Box, got {action_space}")
+    if action_space.dtype is None or not np.issubdtype(action_space.dtype, np.floating):
+        raise ValueError(f"{algo} needs actions in a Box of floats, got {action_space}")
     if not action_space.is_bounded():
         raise ValueError(f"{algo} needs actions with finite bounds, got {action_space}")
     low, high = action_space.low, action_space.high
     return Interface(obs_dim, action_space.shape[0], False, low, high)
 
 
-def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
+def make_env(env_id: str, wrap: Sequence[str] = (), **kwargs: Any) -> gym.Env[Any, Any]:
     """`gymnasium.make` without its checker, which costs as much as a small environment's step.
+
+    Observations that are neither a one-dimensional Box nor images, a Box [., ., .] of uint8, are
+    flattened by Gymnasium's own `FlattenObservation` where they can be.
 
     Atari games are seen as in Mnih et al. 2015, with the changes of Machado et al. 2018
     (https://arxiv.org/abs/1709.06009) that the ids `ALE/*-v5` stand for: the last four frames, each
     84 x 84 and gray, four steps of the console apart; an action is stuck to with probability 1/4,
     and an episode ends with the game, not with a life.
 
+    Args:
+        env_id: Gymnasium's name of the environment.
+        wrap: Wrappers to put around it, "package.module:Wrapper" each, the innermost first.
+        kwargs: Of `gymnasium.make`.
+
     Raises:
-        ValueError: There is no such environment, or what it needs is not installed.
+        ValueError: There is no such environment or wrapper, what it needs is not installed, or it
+            cannot be made.
     """
     try:
-        if not env_id.startswith("ALE/"):
-            return gym.make(env_id, disable_env_checker=True, **kwargs)
-        gym.register_envs(importlib.import_module("ale_py"))
-        screen = gym.make(env_id, disable_env_checker=True, frameskip=1, **kwargs)
-        return FrameStackObservation(AtariPreprocessing(screen), stack_size=4)
+        if env_id.startswith("ALE/"):
+            gym.register_envs(importlib.import_module("ale_py"))
+            screen = gym.make(env_id, disable_env_checker=True, frameskip=1, **kwargs)
+            env: gym.Env[Any, Any] = FrameStackObservation(AtariPreprocessing(screen), stack_size=4)
+        else:
+            env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        extra = "; pip install 'polyak-rl[atari]'" if env_id.startswith("ALE/") else ""
+        atari = "; pip install -c constraints.txt --group atari"
+        extra = atari if env_id.startswith("ALE/") else ""
         raise ValueError(f"cannot make the environment {env_id!r}: {error}{extra}") from error
     except gym.error.Error as error:
         raise ValueError(f"cannot make the environment {env_id!r}: {error}") from error
+    except Exception as error:  # its own code raises anything
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot make the environment {env_id!r}: {what}") from error
+    for name in wrap:
+        env = _wrapped(env, name)
+    return FlattenObservation(env) if _to_flatten(env.observation_space) else env
+
+
+def _wrapped(env: gym.Env[Any, Any], name: str) -> gym.Env[Any, Any]:
+    module, colon, wrapper = name.partition(":")
+    if not colon:
+        raise ValueError(f"a wrapper must be given as package.module:Wrapper, got {name!r}")
+    try:
+        wrapped = getattr(importlib.import_module(module), wrapper)(env)
+    except Exception as error:  # its own code raises anything
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot wrap the environment in {name!r}: {what}") from error
+    if not isinstance(wrapped, gym.Env):
+        raise ValueError(f"{name!r} must return an environment, got {type(wrapped).__name__}")
+    return wrapped
+
+
+def _to_flatten(space: gym.Space[Any]) -> bool:
+    """Whether observations have to be flattened, and can be."""
+    match space:
+        case spaces.Box(shape=(_,)) | spaces.Box(shape=(_, _, _), dtype=np.uint8):
+            return False
+        case _:
+            return bool(space.is_np_flattenable)
+
+
+def flattened(env: gym.Env[Any, Any]) -> str | None:
+    """The space of observations that `make_env` has flattened; None where it has not."""
+    return str(env.env.observation_space) if isinstance(env, FlattenObservation) else None
 
 
 class EnvironmentFault(RuntimeError):
     """An environment raised, or returned what its spaces do not allow."""
 
 
+def observed(values: Any, shape: tuple[int, ...] | None, dtype: Any) -> NDArray[Any]:
+    """A reset's observation, as an array of the caller's own.
+
+    Raises:
+        TypeError: The values are not what Gymnasium's `reset` returns.
+    """
+    if not isinstance(values, tuple) or len(values) != 2:
+        raise TypeError(f"returned {_brief(values)} from reset, not (observation, info)")
+    _check_info(values[1])
+    return _observation(values[0], shape, dtype)
+
+
+def stepped(
+    values: Any, shape: tuple[int, ...] | None, dtype: Any
+) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
+    """What a step returned, checked; the observation is an array of the caller's own.
+
+    Raises:
+        TypeError: The values are not what Gymnasium's `step` returns.
+    """
+    if not isinstance(values, tuple) or len(values) != 5:
+        raise TypeError(
+            f"returned {_brief(values)} from step, not (observation, reward, terminated, "
+            "truncated, info)"
+        )
+    obs, reward, terminated, truncated, info = values
+    if not isinstance(reward, float | int | np.floating | np.integer):
+        kind = np.asarray(reward)
+        if kind.shape or kind.dtype.kind not in "fiub":
+            raise TypeError(f"returned a reward that is not one real number, but {_brief(reward)}")
+    for name, end in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(end, bool | np.bool_):
+            raise TypeError(f"returned {name} that is not a bool, but {_brief(end)}")
+    _check_info(info)
+    return _observation(obs, shape, dtype), float(reward), bool(terminated), bool(truncated), info
+
+
+def _observation(obs: Any, shape: tuple[int, ...] | None, dtype: Any) -> NDArray[Any]:
+    array = np.array(obs)  # a copy: an environment may write to its array at the next step
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"returned an observation that is not of real numbers, but {_brief(obs)}")
+    if array.shape != shape:
+        raise TypeError(f"returned an observation of shape {array.shape}, not {shape}")
+    if array.dtype == dtype:
+        return array
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise TypeError(f"returned an observation of {array.dtype}, not {np.dtype(dtype)}")
+    with np.errstate(over="ignore"):  # what is infinite now is looked for later
+        return array.astype(dtype)
+
+
+def _check_info(info: Any) -> None:
+    if not isinstance(info, dict):
+        raise TypeError(f"returned info that is not a dict, but {_brief(info)}")
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{len(value)} values"
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} {value.shape}"
+    return f"{value!r:.40}"
+
+
 class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
     """Gives every episode a seed of its own, so that any episode can be played again alone.
 
+    Its own info is left out: no key of it means anything here, and none can be taken for one of
+    Gymnasium's. Observations are copies.
+
     Raises:
-        EnvironmentFault: The environment raised, or returned an observation or a reward of another
-            shape; the message says which seed and step reproduce it.
+        EnvironmentFault: The environment raised, or returned what is not of Gymnasium's form or not
+            of its spaces' shape; the message says which seed and step reproduce it.
     """
 
     def __init__(self, env: gym.Env[Any, Any], seed: int, env_index: int) -> None:
@@ -141,23 +267,25 @@ class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
         self.episode += 1
         self.before = self.where()
         self.reset_seed, self.steps = seed, 0
-        try:
-            obs, info = self.env.reset(seed=seed, options=options)
-        except Exception as error:
-            raise self._fault(f"raised {type(error).__name__} in reset: {error}") from error
-        self._check_shape("observation", obs, self.observation_space.shape)
-        return obs, info
+        with faults("reset", self.where):
+            values = self.env.reset(seed=seed, options=options)
+        with faults(None, self.where):
+            space = self.observation_space
+            return observed(values, space.shape, space.dtype), {}
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step the environment; what goes wrong is named."""
         self.steps += 1
-        try:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as error:
-            raise self._fault(f"raised {type(error).__name__} in step: {error}") from error
-        self._check_shape("observation", obs, self.observation_space.shape)
-        self._check_shape("reward", reward, ())
-        return obs, reward, terminated, truncated, info
+        with faults("step", self.where):
+            values = self.env.step(action)
+        with faults(None, self.where):
+            space = self.observation_space
+            return *stepped(values, space.shape, space.dtype)[:4], {}
+
+    def close(self) -> None:
+        """Close the environment; what goes wrong is named."""
+        with faults("close", self.where):
+            super().close()
 
     def where(self) -> str:
         """What plays the episode again up to now."""
@@ -166,12 +294,17 @@ class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
             f"that reset(seed={self.reset_seed}) begins"
         )
 
-    def _check_shape(self, what: str, value: Any, shape: tuple[int, ...] | None) -> None:
-        if np.shape(value) != shape:
-            raise self._fault(f"returned {what} of shape {np.shape(value)}, not {shape}")
 
-    def _fault(self, what: str) -> EnvironmentFault:
-        return EnvironmentFault(f"the environment {what} ({self.where()})")
+@contextmanager
+def faults(call: str | None, where: Callable[[], str]) -> Iterator[None]:
+    """Names what goes wrong in an environment's own code (`call`), or with what it returned."""
+    try:
+        yield
+    except EnvironmentFault:
+        raise
+    except Exception as error:
+        what = f"raised {type(error).__name__} in {call}: {error}" if call else str(error)
+        raise EnvironmentFault(f"the environment {what} ({where()})") from error
 
 
 class SameStep(SyncVectorEnv):
@@ -192,19 +325,21 @@ class SameStep(SyncVectorEnv):
         terminated, truncated = np.empty((2, n), dtype=bool)
         final: dict[int, Any] = {}
         for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            observed, rewards[i], terminated[i], truncated[i], _ = env.step(action)
+            seen, rewards[i], terminated[i], truncated[i], _ = env.step(action)
             if terminated[i] or truncated[i]:
-                final[i] = observed
-                observed, _ = env.reset()
-            obs[i] = observed
+                final[i] = seen
+                seen, _ = env.reset()
+            obs[i] = seen
         return obs, rewards, terminated, truncated, {"final_obs": final}
 
 
-def vector_env(env_id: str, seeds: Sequence[int], n_envs: int) -> SameStep:
+def vector_env(
+    env_id: str, seeds: Sequence[int], n_envs: int, wrap: Sequence[str] = ()
+) -> SameStep:
     """`n_envs` environments for each seed, every episode of which can be played again alone."""
 
     def build(seed: int, env_index: int) -> Callable[[], gym.Env[Any, Any]]:
-        return lambda: EpisodeSeeds(make_env(env_id), seed, env_index)
+        return lambda: EpisodeSeeds(make_env(env_id, wrap), seed, env_index)
 
     return SameStep([build(seed, i) for seed in seeds for i in range(n_envs)])
 
@@ -232,6 +367,12 @@ def finite(obs: NDArray[Any]) -> NDArray[np.bool_]:
     return result
 
 
+def finite_reward(reward: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which rewards are finite in float32, as they are stored."""
+    held: NDArray[np.bool_] = np.abs(reward) <= np.finfo(np.float32).max  # false of NaN
+    return held
+
+
 def require_finite(
     envs: VectorEnv[Any, Any, Any],
     step: int,
@@ -253,12 +394,9 @@ def require_finite(
     Raises:
         NonFiniteError: A number is not finite; the message says what plays the episode again.
     """
-    if all(
-        np.isfinite(x).all()
-        for x in ((obs, reward) if next_obs is obs else (obs, next_obs, reward))
-    ):
+    if finite_reward(reward).all() and finite(obs).all() and finite(next_obs).all():
         return
-    looks = [("a reward", np.isfinite(reward), True), ("an observation", finite(next_obs), True)]
+    looks = [("a reward", finite_reward(reward), True), ("an observation", finite(next_obs), True)]
     if next_obs is not obs:
         looks += [("the first observation of an episode", finite(obs), False)]
     for what, good, before_reset in looks:
@@ -267,4 +405,6 @@ def require_finite(
             where = f"environment {i}"
             if isinstance(env, EpisodeSeeds):
                 where = env.before if before_reset and ended[i] else env.where()
-            raise NonFiniteError(f"{what} is not finite after {step} environment steps: {where}")
+            value = f" of {reward[i]:g}" if what == "a reward" else ""
+            after = f"{what}{value} is not finite in float32 after {step} environment steps"
+            raise NonFiniteError(f"{after}: {where}")

@@ -1,6 +1,7 @@
 """Deterministic evaluation of several policies at once, on fixed episodes."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -9,7 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from agents.environments import Interface, make_env
+from agents.environments import Interface, faults, make_env, observed, stepped
+
+MAX_STEPS = 100_000
+"""Steps after which an evaluation episode is cut, where nothing else is said."""
 
 
 class Evaluation(NamedTuple):
@@ -19,6 +23,10 @@ class Evaluation(NamedTuple):
     lengths: NDArray[np.int64]  # [M, E]
 
 
+class Stopped(RuntimeError):
+    """An evaluation was given up."""
+
+
 @torch.inference_mode()
 def play(
     policy: nn.Module,
@@ -26,6 +34,8 @@ def play(
     interface: Interface,
     episode_seeds: NDArray[Any],
     device: torch.device | str = "cpu",
+    max_steps: int = MAX_STEPS,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Play E episodes with the deterministic actions of each of M members of a policy.
 
@@ -40,22 +50,51 @@ def play(
         interface: Their sizes and action range.
         episode_seeds: [M, E], the seed of each episode.
         device: Where the policy lives.
+        max_steps: An episode is cut after so many, with a warning.
+        stopping: Asked at every step whether to give up.
+
+    Raises:
+        EnvironmentFault: An environment raised, or returned what its spaces do not allow; the
+            message says which seed and step reproduce it.
+        Stopped: `stopping` said so.
     """
     members, episodes = episode_seeds.shape
     slots, shape = members * episodes, interface.obs_shape
     obs = np.zeros((slots, *shape), dtype=interface.obs_dtype)
-    for slot, seed in enumerate(episode_seeds.ravel().tolist()):
-        obs[slot] = envs[slot].reset(seed=seed)[0]
-    returns = np.zeros(slots)
+    seeds = episode_seeds.ravel().tolist()
+
+    def where() -> str:
+        return f"step {lengths[slot] + 1} of the evaluation episode of reset(seed={seeds[slot]})"
+
     lengths = np.zeros(slots, dtype=np.int64)
+    for slot, seed in enumerate(seeds):
+        with faults("reset", where):
+            values: Any = envs[slot].reset(seed=seed)
+        with faults(None, where):
+            obs[slot] = observed(values, shape, obs.dtype)
+    returns = np.zeros(slots)
     playing = np.ones(slots, dtype=bool)
+    step = 0
     while playing.any():
+        if stopping():
+            raise Stopped("the evaluation was stopped")
+        if step == max_steps:
+            warnings.warn(
+                f"{int(playing.sum())} of {slots} evaluation episodes did not end in {max_steps} "
+                "steps and were cut there",
+                stacklevel=2,
+            )
+            break
+        step += 1
         batch = torch.from_numpy(obs).to(device).view(members, episodes, *shape)
         action = policy.act(batch).flatten(0, 1).cpu().numpy()  # type: ignore[operator]
         action = interface.to_env(action)
         for slot in np.flatnonzero(playing).tolist():
-            obs[slot], reward, terminated, truncated, _ = envs[slot].step(action[slot])
-            returns[slot] += float(reward)
+            with faults("step", where):
+                values = envs[slot].step(action[slot])
+            with faults(None, where):
+                obs[slot], reward, terminated, truncated, _ = stepped(values, shape, obs.dtype)
+            returns[slot] += reward
             lengths[slot] += 1
             playing[slot] = not (terminated or truncated)
     by_member = (members, episodes)
@@ -69,24 +108,38 @@ class Evaluator:
         env_id: Gymnasium's name of the environment.
         interface: Its sizes and action range.
         device: Where the policies live.
+        wrap: Wrappers, as in `make_env`.
+        max_steps: As in `play`.
     """
 
     def __init__(
-        self, env_id: str, interface: Interface, device: torch.device | str = "cpu"
+        self,
+        env_id: str,
+        interface: Interface,
+        device: torch.device | str = "cpu",
+        wrap: Sequence[str] = (),
+        max_steps: int = MAX_STEPS,
     ) -> None:
-        self.env_id = env_id
+        self.env_id, self.wrap = env_id, tuple(wrap)
         self.interface = interface
         self.device = torch.device(device)
+        self.max_steps = max_steps
         self.envs: list[gym.Env[Any, Any]] = []
 
-    def evaluate(self, policy: nn.Module, episode_seeds: NDArray[Any]) -> Evaluation:
+    def evaluate(
+        self,
+        policy: nn.Module,
+        episode_seeds: NDArray[Any],
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Evaluation:
         """`play` the episodes of these seeds [M, E] with a policy of M members."""
         while len(self.envs) < episode_seeds.size:
-            self.envs.append(make_env(self.env_id))
-        return play(policy, self.envs, self.interface, episode_seeds, self.device)
+            self.envs.append(make_env(self.env_id, self.wrap))
+        common = (self.envs, self.interface, episode_seeds, self.device, self.max_steps, stopping)
+        return play(policy, *common)
 
     def close(self) -> None:
         """Close the environments."""
-        for env in self.envs:
-            env.close()
-        self.envs.clear()
+        while self.envs:
+            with faults("close", lambda: "after evaluations"):
+                self.envs.pop().close()

@@ -13,8 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.agent import Agent, AgentConfig, check
-from agents.environments import autoreset_of, finite, interface, require_finite, vector_env
-from agents.evaluation import Evaluation, Evaluator
+from agents.environments import (
+    EnvironmentFault,
+    autoreset_of,
+    finite,
+    finite_reward,
+    interface,
+    require_finite,
+    vector_env,
+)
+from agents.evaluation import MAX_STEPS, Evaluation, Evaluator, Stopped
 from agents.learner import Learner
 from agents.networks import stack_members
 from agents.nonfinite import NonFiniteError
@@ -56,6 +64,10 @@ class TrainConfig:
     """environment steps between two evaluations; None: a twentieth of all; 0: there are none"""
     eval_episodes: int = 20
     """episodes in an evaluation"""
+    max_episode_steps: int = MAX_STEPS
+    """steps after which an evaluation episode that has not ended is cut"""
+    wrap: tuple[str, ...] = ()
+    """wrappers to put around the environment, package.module:Wrapper each, the innermost first"""
     lr_decay: Literal["constant", "linear"] = "constant"
     """learning rates as they are, or falling linearly towards 0"""
     lr_decay_until: float = 1.0
@@ -148,7 +160,11 @@ class Training:
             raise ValueError(f"matmul_precision {config.matmul_precision!r} is for CUDA only")
         if config.compile:
             _check_compile(config, self.device)
-        self.envs = vector_env(config.env_id, self.seeds, config.n_envs) if envs is None else envs
+        self.envs = (
+            vector_env(config.env_id, self.seeds, config.n_envs, config.wrap)
+            if envs is None
+            else envs
+        )
         self.autoreset = autoreset_of(self.envs, len(self.seeds) * config.n_envs)
         self.interface = interface(
             self.envs.single_observation_space, self.envs.single_action_space, algo
@@ -169,6 +185,12 @@ class Training:
             members=len(self.seeds),
             device=self.device,
         )
+        if agent_config.gradient_steps and not self.total_updates:
+            raise ValueError(
+                f"no gradient step falls due in total_steps = {config.total_steps}: learning_starts"
+                f" is {agent_config.learning_starts}, and from there {agent_config.gradient_steps} "
+                f"gradient steps come every {agent_config.train_every} environment steps"
+            )
         sampling = Streams(Purpose.REPLAY, self.seeds, self.device)
         self.learner = Learner(self.agent, self.replay, sampling, compiled=config.compile)
         if config.compile and agent_config.tau_end is not None:
@@ -176,7 +198,9 @@ class Training:
                 target.tau = torch.full((), agent_config.tau, device=self.device)
         self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.descent.optimizers.values()]
 
-        self.evaluator = Evaluator(config.env_id, self.interface, self.device)
+        self.evaluator = Evaluator(
+            config.env_id, self.interface, self.device, config.wrap, config.max_episode_steps
+        )
         twentieth = max(1, config.total_steps // 20)
         self.eval_every = twentieth if config.eval_every is None else config.eval_every
         self.eval_seeds = np.stack(
@@ -210,6 +234,8 @@ class Training:
 
     def run(self, on_step: Callable[[], None] = lambda: None) -> None:
         """Train to the last step, calling `on_step` after each; evaluate at the end."""
+        if self.eval_every and crossings(self.evaluated_at, self.step, self.eval_every):
+            self.evaluate()  # which a stop had cut short
         while self.step < self.config.total_steps and not self.stopping:
             self.advance()
             on_step()
@@ -271,14 +297,18 @@ class Training:
         self.skipped += len({gradient.row for gradient in bad})
 
     def evaluate(self) -> None:
-        """Play the evaluation episodes with the policy of every scheme.
+        """Play the evaluation episodes with the policy of every scheme, or give up if stopped.
 
         Raises:
+            EnvironmentFault: As in `agents.evaluation.play`.
             NonFiniteError: A gradient was not finite.
         """
         weights = {scheme: give() for scheme, give in self.schemes.items()}
         states = {scheme: state for scheme, state in weights.items() if state is not None}
-        self.evaluations = self.play(states, self.eval_seeds)
+        try:
+            self.evaluations = self.play(states, self.eval_seeds)
+        except Stopped:
+            return  # `run` makes up for it
         for scheme, (returns, lengths) in self.evaluations.items():
             for member, log in enumerate(self.logs):
                 log.evaluation(self.step, scheme, returns[member], lengths[member])
@@ -297,11 +327,14 @@ class Training:
             Name -> returns and lengths [S, E].
 
         Raises:
+            EnvironmentFault: As in `agents.evaluation.play`.
             NonFiniteError: A gradient was not finite.
+            Stopped: `stopping` was set meanwhile.
         """
         self.require_finite()
         policy = stack_members(self.agent.policy, list(states.values()))
-        result = self.evaluator.evaluate(policy, np.tile(episodes, (len(states), 1)))
+        seeds = np.tile(episodes, (len(states), 1))
+        result = self.evaluator.evaluate(policy, seeds, lambda: self.stopping)
         shape = (len(states), *episodes.shape)
         both = zip(result.returns.reshape(shape), result.lengths.reshape(shape), strict=True)
         return {name: Evaluation(*each) for name, each in zip(states, both, strict=True)}
@@ -339,13 +372,18 @@ class Training:
             real = ~self.ended  # the step after an end only resets: it is no transition at all
         elif some_ended:
             # `observed` already begins the next episode there; the transition ends in the old one
-            next_obs = next_obs.copy()
+            next_obs, final = next_obs.copy(), info.get("final_obs")
+            if final is None:
+                raise EnvironmentFault(
+                    "a vector environment that resets in the same step must return the last "
+                    'observation of an episode in info["final_obs"], and there is none'
+                )
             for i in np.flatnonzero(ended):
-                next_obs.reshape(observed.shape)[i] = info["final_obs"][i]
+                next_obs.reshape(observed.shape)[i] = final[i]
 
         stored = real
         if skip:
-            stored = real & finite(obs) & finite(next_obs) & np.isfinite(reward)
+            stored = real & finite(obs) & finite(next_obs) & finite_reward(reward)
             self.skipped += int((real & ~stored).sum())
             reward = np.nan_to_num(reward, posinf=0, neginf=0)
         else:
@@ -446,7 +484,8 @@ class Training:
                     )
 
     def _observations(self, observed: NDArray[Any]) -> NDArray[Any]:
-        obs = np.asarray(observed, dtype=self.interface.obs_dtype)
+        with np.errstate(over="ignore"):  # what is infinite in float32 is looked for afterwards
+            obs = np.array(observed, dtype=self.interface.obs_dtype)  # a copy
         return obs.reshape(len(self.seeds), self.config.n_envs, *self.interface.obs_shape)
 
 

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers
-from polyak_rl.guard import Guard, all_finite, check_guard
+from polyak_rl.guard import Guard, all_finite, check_guard, refuse_capture
+from polyak_rl.pairing import unwrap
 from polyak_rl.rules import Rule, Stretch, Window, describe_rule, require_int
-from polyak_rl.vector import Averages, WeightVector, require_online
+from polyak_rl.vector import (
+    Averages,
+    WeightVector,
+    check_clock,
+    check_vectors,
+    damage_is_a_value_error,
+)
 
 _BLOCK = 32  # iterates that are taken in by one matrix product
 _BLOCK_BYTES = 1 << 26  # and the memory that they may wait in
+_LAUNCHES = 8  # rows at least where each kernel is launched, whatever they take
 _COLUMNS = 1 << 13  # weights at a time, so that their float64 copies stay in the cache
+_COLUMNS_OF_DEVICE = 1 << 22  # and so that they do not fill a device
+_BLOCKS_AHEAD = 64  # blocks whose gains are sent to a device at once
+_FORMAT = "polyak_rl.bank/2"
+_BETWEEN_REPLAYS = (
+    "Call it between replays; soft_update() and a TargetNetwork of every=1 can be captured"
+)
+
+
+class _Kept(NamedTuple):
+    """The averages; replaced as one, so that an interrupt finds the old or the new."""
+
+    now: Tensor  # [1, rules, size]; compensated: [2, rules, size], the second what rounding took
+    spare: Tensor  # where the next ones are made
+    taken: int  # updates that are in
+
+
+class _Ahead(NamedTuple):
+    """Gains of the blocks to come."""
+
+    first: int  # updates before the first of them
+    gains: Tensor  # [blocks, rules, iterates + 1]
+    forgotten: list[list[int]]  # the averages that a block replaces
+
+    def has(self, taken: int, waiting: int) -> bool:
+        blocks, _, width = self.gains.shape
+        block, rest = divmod(taken - self.first, waiting)
+        return width == waiting + 1 and not rest and 0 <= block < blocks
 
 
 class AverageBank(Averages[str]):
@@ -65,10 +101,9 @@ class AverageBank(Averages[str]):
         6.0
     """
 
-    _rows: Tensor  # the iterates that wait
-    _averages: Tensor
-    _errors: Tensor  # what rounding took from them, if compensated
-    _rings: dict[str, Tensor]
+    _rows: Tensor  # [B, size]: iterate k lies in row (k - 1) % B
+    _kept: _Kept
+    _rings: dict[str, Tensor]  # [snapshots + 1, size]: the next one has a row of its own
 
     def __init__(
         self,
@@ -107,166 +142,248 @@ class AverageBank(Averages[str]):
     def update(self) -> None:
         """Count one gradient step, and at every N-th take the network's weights in.
 
+        An exception, KeyboardInterrupt included, leaves everything as it was.
+
         Raises:
-            RuntimeError: inside :meth:`applied`, where the network holds an average.
+            RuntimeError: inside :meth:`applied`, where the network holds an average; or while a
+                CUDA graph is captured.
             ValueError: the network has other names or shapes than before.
         """
-        require_online(self._vector, "update()")
-        self.clock += 1
-        if self.clock % self.every:
-            return
-        if self._vector.follow():
-            self._move()
-        row = self._rows[self._waiting]
-        self._vector.read(row, self._row_views[self._waiting])
-        if self._guarded and not all_finite([row]):
-            self.clock -= 1
+        if self._prepare(self.clock + 1):
+            self.clock += 1  # from here on the iterate is in
+        else:
             self.skipped += 1
-            return
-        k = self.clock // self.every
+
+    def _prepare(self, clock: int) -> bool:
+        """Put all that belongs to a clock where it is seen only once the clock has come there.
+
+        False where the guard leaves it out.
+        """
+        refuse_capture("AverageBank.update()", _BETWEEN_REPLAYS)
+        vector = self._vector
+        vector.require_online("AverageBank.update()")
+        k, rest = divmod(clock, self.every)
+        if rest:
+            return True
+        vector.follow()
+        if self._device is not vector.device:
+            self._move()
+        at = (k - 1) % len(self._rows)
+        if at == 0:
+            self._take_in()  # before the first row of the block is written anew
+        row, views = self._cells[at]
+        vector.read(row, views)
+        if self._guarded and not all_finite([row]):
+            return False
         for name, window in self._windows.items():
             if window.fires(k, self.every):
-                self._rings[name][(self._fired(window, k) - 1) % window.size].copy_(row)
-        self._wait()
+                ring = self._rings[name]
+                ring[(self._fired(window, k) - 1) % len(ring)].copy_(row)
+        return True
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def vector(self, name: str) -> Tensor:
         """One average as a float64 vector (float32 if compensated) in the layout of the network."""
-        self._require(name)
-        if self.clock < self.every:
+        if name not in self.rules:
+            raise ValueError(
+                f"there is no average {name!r}; the averages are {', '.join(self.rules)}"
+            )
+        k = self.clock // self.every
+        if not k:
             return self._vector.now()
         if name in self._windows:
-            window, k = self._windows[name], self.clock // self.every
-            filled = min(self._fired(window, k), window.size)
-            ring = self._rings[name][:filled] if filled else self._last().unsqueeze(0)
-            return ring.to(self._exact).mean(dim=0)
+            taken = self._snapshots(name)
+            return (taken if len(taken) else self._last()[None]).to(self._exact).mean(dim=0)
         self._take_in()
-        row = self._moving.index(name)
-        average = self._averages[row]
-        return average + self._errors[row] if self._compensated else average
+        return self._kept.now[:, self._moving.index(name)].sum(0)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Rules, clock, averages and the iterates that wait, as tensors and plain values."""
         return {
+            "format": _FORMAT,
             "rules": {name: describe_rule(rule) for name, rule in self.rules.items()},
             "every": self.every,
+            "compensated": self._compensated,
             "clock": self.clock,
             "skipped": self.skipped,
             "layout": self._vector.describe(),
-            "averages": self._averages.clone(),
-            "errors": self._errors.clone(),
-            "rings": {name: ring.clone() for name, ring in self._rings.items()},
+            "averages": self._kept.now.clone(),
+            "waiting": self._waiting().clone(),
             "last": self._last().clone(),
-            "waiting": self._rows[: self._waiting].clone(),
+            "rings": {name: self._snapshots(name).clone() for name in self._windows},
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: other rules, cadence, precision, names or shapes; nothing has changed.
+            ValueError: it is no such state, or one of other rules, cadence, precision, names or
+                shapes; nothing has changed.
         """
-        ours = {name: describe_rule(rule) for name, rule in self.rules.items()}
-        for what, mine, theirs in (
-            ("rules", ours, state["rules"]),
-            ("every", self.every, state["every"]),
-            ("compensated", len(self._errors) > 0, len(state["errors"]) > 0),
-        ):
-            if mine != theirs:
-                raise ValueError(f"the saved bank differs in {what}: {theirs} there, {mine} here")
-        layout = state["layout"]
-        loaded = {
-            key: self._vector.from_layout(layout, state[key])
-            for key in ("averages", "last", "waiting")
-        }
-        rings = {n: self._vector.from_layout(layout, r) for n, r in state["rings"].items()}
-        if self._compensated:
-            self._errors.copy_(self._vector.from_layout(layout, state["errors"]))
-        self._averages.copy_(loaded["averages"])
-        self._rows[0].copy_(loaded["last"])
-        for name, ring in rings.items():
-            self._rings[name].copy_(ring)
-        self.clock, self._waiting = state["clock"], 0
-        self.skipped = state.get("skipped", 0)
-        self._taken = self.clock // self.every - len(loaded["waiting"])
-        for row in loaded["waiting"]:
-            self._rows[self._waiting].copy_(row)
-            self._wait()
+        self._check(state)()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _check(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """What loads a state that was found to be right."""
+        with damage_is_a_value_error("bank"):
+            if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
+                raise ValueError(f"this is not a bank of format {_FORMAT!r}")
+            ours = {name: describe_rule(rule) for name, rule in self.rules.items()}
+            for what, mine in (
+                ("rules", ours),
+                ("every", self.every),
+                ("compensated", self._compensated),
+            ):
+                if state[what] != mine:
+                    raise ValueError(
+                        f"the saved bank differs in {what}: {state[what]} there, {mine} here"
+                    )
+            clock, skipped = check_clock(state, "clock"), check_clock(state, "skipped")
+            k, layout = clock // self.every, state["layout"]
+            shapes: dict[str, list[int]] = {
+                "averages": [*self._kept.now.shape[:2]],
+                "waiting": [min(len(state["waiting"]), k)],
+                "last": [],
+            }
+            loaded = {
+                key: self._vector.from_layout(layout, check_vectors(state, key, shape))
+                for key, shape in shapes.items()
+            }
+            if state["rings"].keys() != self._windows.keys():
+                raise ValueError(f"the saved rings must be those of {[*self._windows]}")
+            rings = {}
+            for name, window in self._windows.items():
+                shape = [min(self._fired(window, k), window.size)]
+                ring = check_vectors(state["rings"], name, shape)
+                rings[name] = self._vector.from_layout(layout, ring)
+
+        def load() -> None:
+            self._allocate()
+            self._kept.now.copy_(loaded["averages"])
+            self._kept = self._kept._replace(taken=k - len(loaded["waiting"]))
+            self.clock, self.skipped = self._kept.taken * self.every, skipped
+            for j, row in enumerate(loaded["waiting"], self._kept.taken + 1):
+                at = (j - 1) % len(self._rows)
+                if at == 0:
+                    self._take_in()
+                self._rows[at].copy_(row)
+                self.clock = j * self.every
+            self._rows[(k - 1) % len(self._rows)].copy_(loaded["last"])
+            for name, window in self._windows.items():
+                fired = self._fired(window, k)
+                for i, row in enumerate(rings[name], fired - len(rings[name])):
+                    self._rings[name][i % len(self._rings[name])].copy_(row)
+            self.clock = clock
+
+        return torch.inference_mode(False)(torch.no_grad()(load))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views of the rows, which a pickle would part from them, are made anew.
+        return {key: x for key, x in vars(self).items() if key not in ("_cells", "_ahead")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._look()
+
+    @torch.inference_mode(False)
     def _allocate(self) -> None:
         vector, device = self._vector, self._vector.device
         self._exact = torch.float32 if self._compensated else torch.float64
         row_bytes = max(1, vector.size * vector.dtype.itemsize)  # some processes have no shards
-        rows = max(1, min(_BLOCK, _BLOCK_BYTES // row_bytes))
-        self._rows = torch.zeros(rows, vector.size, dtype=vector.dtype, device=device)
-        self._row_views = [vector.views(row) for row in self._rows]
-        self._waiting = 0  # rows of the block that are filled
-        self._taken = 0  # updates in the averages
-        self._averages = torch.zeros(
-            len(self._moving), vector.size, dtype=self._exact, device=device
-        )
-        self._errors = torch.zeros_like(self._averages if self._compensated else self._averages[:0])
+        least = 2 if device.type == "cpu" else _LAUNCHES
+        rows = max(least, min(_BLOCK, _BLOCK_BYTES // row_bytes))
+        kind: Any = {"dtype": vector.dtype, "device": device}
+        self._rows = torch.zeros(rows, vector.size, **kind)
+        parts = 2 if self._compensated else 1
+        kept = torch.zeros(parts, len(self._moving), vector.size, dtype=self._exact, device=device)
+        self._kept = _Kept(kept, torch.zeros_like(kept), 0)
         self._rings = {
-            name: torch.zeros(window.size, vector.size, dtype=vector.dtype, device=device)
+            name: torch.zeros(window.size + 1, vector.size, **kind)
             for name, window in self._windows.items()
         }
+        self._device = device
+        self._look()
 
+    def _look(self) -> None:
+        self._cells = [(row, self._vector.views(row)) for row in self._rows]
+        self._ahead: _Ahead | None = None
+
+    @torch.inference_mode(False)
     def _move(self) -> None:
         """Go to where the network went."""
         device = self._vector.device
-        if self._averages.device != device:
-            self._rows, self._averages = self._rows.to(device), self._averages.to(device)
-            self._errors = self._errors.to(device)
-            self._row_views = [self._vector.views(row) for row in self._rows]
-            self._rings = {name: ring.to(device) for name, ring in self._rings.items()}
-
-    def _wait(self) -> None:
-        """Count the row that was filled; a full block is taken in."""
-        self._waiting += 1
-        if self._waiting == len(self._rows):
-            self._take_in()
+        if self._rows.device != device:
+            self._rows = self._rows.to(device)
+        if self._kept.now.device != device:
+            now, spare, taken = self._kept
+            self._kept = _Kept(now.to(device), spare.to(device), taken)
+        self._rings = {name: ring.to(device) for name, ring in self._rings.items()}
+        self._look()
+        self._device = device  # last, so that what an interrupt left undone is done again
 
     def _take_in(self) -> None:
         """Move every average by the iterates that wait."""
-        waiting, self._waiting = self._waiting, 0
-        if not waiting:
+        now, spare, taken = self._kept
+        rows = self._waiting()
+        if not len(rows):
             return
-        gains = [self._gains(self.rules[name], waiting) for name in self._moving]
-        self._taken += waiting
-        rows = self._rows[:waiting]
-        table = torch.tensor(gains, dtype=self._exact, device=rows.device).view(-1, waiting + 1)
+        table, forgotten = self._gains_of(taken, len(rows))
         weights, keep = table[:, :-1], table[:, -1:]
         if self._compensated:
             self._take_in_compensated(rows, weights)
         else:
-            columns = _COLUMNS if rows.device.type == "cpu" else max(1, rows.shape[1])
+            columns = _COLUMNS if rows.device.type == "cpu" else _COLUMNS_OF_DEVICE
             for start in range(0, rows.shape[1], columns):
                 part = slice(start, start + columns)
-                averages = self._averages[:, part]
-                # 0 * NaN is NaN: an average that is replaced must not remember.
-                averages.masked_fill_(keep == 0, 0.0).mul_(keep)
+                averages = torch.mul(now[0, :, part], keep, out=spare[0, :, part])
+                for i in forgotten:  # 0 * NaN is NaN: what is replaced must not remember
+                    averages[i].zero_()
                 averages.addmm_(weights, rows[:, part].to(self._exact))
-        self._rows[0].copy_(self._rows[waiting - 1])  # the last iterate stays at hand
+        self._kept = _Kept(spare, now, taken + len(rows))
 
     def _take_in_compensated(self, rows: Tensor, weights: Tensor) -> None:
         """The same in pairs of float32: ``average + error`` is the value (Knuth's two-sum)."""
-        for weight, average, error in zip(weights, self._averages, self._errors, strict=True):
-            if self._taken == len(rows):
-                average.copy_(rows[0])  # so that what is added is small
-                error.zero_()
-            step = error + weight @ ((rows.to(self._exact) - average) - error)
+        now, spare, taken = self._kept
+        for i, weight in enumerate(weights):
+            # At first from the first iterate, so that what is added is small.
+            average, error = now[:, i] if taken else (rows[0], torch.zeros_like(rows[0]))
+            moves = (rows.to(self._exact) - average) - error
+            # No matrix product, whose precision is the caller's to lower (autocast, TF32).
+            step = error + (weight.unsqueeze(1) * moves).sum(0)
             total = average + step
             part = total - average
-            error.copy_((average - (total - part)) + (step - part))
-            average.copy_(total)
+            spare[0, i].copy_(total)
+            spare[1, i].copy_((average - (total - part)) + (step - part))
 
-    def _gains(self, rule: Rule, waiting: int) -> list[float]:
+    def _gains_of(self, taken: int, waiting: int) -> tuple[Tensor, list[int]]:
+        """What iterates weigh that come after others, [rules, waiting + 1], and who forgets.
+
+        Of whole blocks many are prepared at once, for a device to wait for none of them.
+        """
+        ahead = self._ahead
+        if ahead is None or not ahead.has(taken, waiting):
+            blocks = _BLOCKS_AHEAD if waiting == len(self._rows) else 1
+            gains = [
+                [self._gains(self.rules[n], taken + i * waiting, waiting) for n in self._moving]
+                for i in range(blocks)
+            ]
+            table = torch.tensor(gains, dtype=self._exact, device=self._device)
+            forgotten = [[i for i, row in enumerate(block) if row[-1] == 0] for block in gains]
+            self._ahead = ahead = _Ahead(
+                taken, table.view(blocks, len(self._moving), -1), forgotten
+            )
+        i = (taken - ahead.first) // waiting
+        return ahead.gains[i], ahead.forgotten[i]
+
+    def _gains(self, rule: Rule, taken: int, waiting: int) -> list[float]:
         """What each waiting iterate weighs after all are in; last, what is left of the average."""
         weights, left = [0.0] * waiting, 1.0
         for i in reversed(range(waiting)):
-            gain = rule.gain(self._taken + 1 + i, self.every)
+            gain = rule.gain(taken + 1 + i, self.every)
             weights[i] = left * gain
             left *= 1.0 - gain
         return [*weights, left]
@@ -277,14 +394,20 @@ class AverageBank(Averages[str]):
             return k * self.every // window.every
         return k
 
-    def _last(self) -> Tensor:
-        return self._rows[max(0, self._waiting - 1)]
+    def _snapshots(self, name: str) -> Tensor:
+        """The snapshots of a window, oldest first."""
+        ring, window = self._rings[name], self._windows[name]
+        fired = self._fired(window, self.clock // self.every)
+        held = range(fired - min(fired, window.size), fired)
+        return ring[[i % len(ring) for i in held]]
 
-    def _require(self, name: str) -> None:
-        if name not in self.rules:
-            raise ValueError(
-                f"there is no average {name!r}; the averages are {', '.join(self.rules)}"
-            )
+    def _waiting(self) -> Tensor:
+        """The iterates that are not in the averages yet, which lie side by side."""
+        first = self._kept.taken % len(self._rows)
+        return self._rows[first : first + self.clock // self.every - self._kept.taken]
+
+    def _last(self) -> Tensor:
+        return self._rows[(self.clock // self.every - 1) % len(self._rows)]
 
 
 @torch.no_grad()
@@ -296,7 +419,9 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
 
     Args:
         module: the averaged network.
-        batches: inputs of the network; a tuple or list is taken apart into arguments.
+        batches: inputs of the network. A tuple or list is taken apart into as many arguments as
+            ``forward`` needs; those of it that are left over, such as the labels of a loader, are
+            not looked at.
 
     Raises:
         ValueError: no batches.
@@ -312,6 +437,7 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
         >>> norm.running_mean
         tensor([2.])
     """
+    inputs = _inputs_of(unwrap(module))
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     modes = [(m, m.training) for m in module.modules()]
     momenta = [norm.momentum for norm in norms]
@@ -323,7 +449,7 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = None  # the plain mean over batches
             norm.reset_running_stats()
         for seen, batch in enumerate(batches, 1):  # noqa: B007
-            module(*batch) if isinstance(batch, tuple | list) else module(batch)
+            module(*batch[:inputs]) if isinstance(batch, tuple | list) else module(batch)
     finally:
         for inner, mode in modes:
             inner.training = mode
@@ -331,3 +457,12 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = momentum
     if not seen:
         raise ValueError("refresh_batch_norm needs at least one batch")
+
+
+def _inputs_of(module: nn.Module) -> int | None:
+    """How many arguments ``forward`` needs; None where it takes any number of them."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)

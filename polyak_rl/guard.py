@@ -1,4 +1,4 @@
-"""Keep NaN and Inf out of targets and averages."""
+"""Keep out of targets and averages what must not be in them: NaN, Inf, and captured graphs."""
 
 from __future__ import annotations
 
@@ -48,3 +48,12 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in floats]
     total = torch.stack([one.to(sums[0].device) for one in sums]).abs().sum()
     return math.isfinite(total) or all(bool(tensor.isfinite().all()) for tensor in floats)
+
+
+def refuse_capture(what: str, instead: str) -> None:
+    """Raise RuntimeError while a CUDA graph is captured, which would record nothing of a clock."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            f"{what} cannot be captured in a CUDA graph: its clock moves on the host, and a replay "
+            f"would not advance it. {instead}"
+        )

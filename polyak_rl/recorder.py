@@ -15,7 +15,7 @@ from polyak_rl.files import write_whole
 from polyak_rl.guard import Guard
 from polyak_rl.rules import Rule, Stretch, describe_rule, rule_from
 from polyak_rl.timeline import Timeline, read_state
-from polyak_rl.vector import Averages
+from polyak_rl.vector import Averages, damage_is_a_value_error
 
 _FORMAT = "polyak_rl.averages/1"
 _SEGMENTS = 256  # enough to put any tail's start within 0.2 % of the run
@@ -125,20 +125,24 @@ class PolicyAverages(Averages["str | Rule"]):
         """The calls that the guard left out."""
         return self._keepers()[0].skipped
 
+    @torch.no_grad()
     def record(self, *_: object) -> None:
-        """Count one gradient step, and at every N-th take the weights in.
+        """Count one gradient step, and at every N-th take the weights in: both keepers or none.
 
         It ignores arguments, so that an optimizer can call it as a hook
         (``register_step_post_hook``).
 
         Raises:
-            RuntimeError: inside :meth:`applied`, where the network holds an average.
+            RuntimeError: inside :meth:`applied`, where the network holds an average; or while a
+                CUDA graph is captured.
             ValueError: the network has other names or shapes than before.
         """
-        if self.bank is not None:
-            self.bank.update()
-        if self.timeline is not None:
-            self.timeline.record()
+        first, last = self._keepers()[0], self._keepers()[-1]
+        # One line of stores: no call and no jump lies between them, where an interrupt could be.
+        if all(keeper._prepare(first.clock + 1) for keeper in self._keepers()):
+            first.clock = last.clock = first.clock + 1
+        else:
+            first.skipped = last.skipped = first.skipped + 1
 
     def ready(self, which: str | Rule) -> bool:
         """True where an average can be given now; False while the timeline is too coarse for it.
@@ -174,10 +178,7 @@ class PolicyAverages(Averages["str | Rule"]):
     @torch.no_grad()
     def last(self) -> dict[str, Tensor]:
         """The network as it is: copies of its averaged tensors by name, in their own precision."""
-        self._vector.follow()
-        return dict(
-            zip([slot.name for slot in self._vector.slots], self._vector.clone(), strict=True)
-        )
+        return self._vector.clone()
 
     @torch.no_grad()
     def distances(self, members: int = 1) -> dict[str, Tensor]:
@@ -203,18 +204,9 @@ class PolicyAverages(Averages["str | Rule"]):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything kept and how it was asked for, as tensors and plain values."""
-        timeline = self.timeline
-        return {
-            "format": _FORMAT,
-            "rules": {name: describe_rule(rule) for name, rule in self.rules.items()},
-            "options": {
-                "timeline": timeline is not None,
-                "capacity": timeline.capacity if timeline else None,
-                "expected": timeline.expected if timeline else None,
-                "every": self.every,
-            },
+        return self._about() | {
             "bank": self.bank.state_dict() if self.bank else None,
-            "timeline": timeline.state_dict() if timeline else None,
+            "timeline": self.timeline.state_dict() if self.timeline else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -223,16 +215,22 @@ class PolicyAverages(Averages["str | Rule"]):
         Raises:
             ValueError: other rules or options, or what the bank and the timeline refuse.
         """
-        ours = self.state_dict()
-        for what in ("format", "rules", "options"):
-            if state[what] != ours[what]:
+        with damage_is_a_value_error("averages"):
+            for what, ours in self._about().items():
+                if state[what] != ours:
+                    raise ValueError(
+                        f"the saved averages differ in {what}: {state[what]} there, {ours} here"
+                    )
+            parts = [state[what] for what in ("bank", "timeline") if state[what] is not None]
+            loads = [
+                keeper._check(part) for keeper, part in zip(self._keepers(), parts, strict=True)
+            ]
+            if len({(part["clock"], part["skipped"]) for part in parts}) > 1:
                 raise ValueError(
-                    f"the saved averages differ in {what}: {state[what]} there, {ours[what]} here"
+                    "the saved averages are damaged: bank and timeline differ in clock"
                 )
-        if self.bank is not None:
-            self.bank.load_state_dict(state["bank"])
-        if self.timeline is not None:
-            self.timeline.load_state_dict(state["timeline"])
+        for load in loads:
+            load()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the averages to a file of tensors and plain values: all of it or nothing."""
@@ -255,10 +253,24 @@ class PolicyAverages(Averages["str | Rule"]):
             ValueError: the file holds no averages, is damaged, or is of another network.
         """
         state = read_state(path, _FORMAT, "averages")
-        rules = {name: rule_from(rule) for name, rule in state["rules"].items()}
-        averages = cls(network, rules, **state["options"], **options)
+        with damage_is_a_value_error("averages"):
+            rules = {name: rule_from(rule) for name, rule in state["rules"].items()}
+            averages = cls(network, rules, **state["options"], **options)
         averages.load_state_dict(state)
         return averages
+
+    def _about(self) -> dict[str, Any]:
+        timeline = self.timeline
+        return {
+            "format": _FORMAT,
+            "rules": {name: describe_rule(rule) for name, rule in self.rules.items()},
+            "options": {
+                "timeline": timeline is not None,
+                "capacity": timeline.capacity if timeline else None,
+                "expected": timeline.expected if timeline else None,
+                "every": self.every,
+            },
+        }
 
     def _keepers(self) -> list[AverageBank | Timeline]:
         return [keeper for keeper in (self.bank, self.timeline) if keeper is not None]

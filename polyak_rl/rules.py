@@ -417,44 +417,75 @@ class Window(Rule):
 
 
 @dataclass(frozen=True)
-class Hard(Rule):
-    """A copy at every N-th update: ``w = 1`` there, else 0, as a hard target network.
+class Warmup(Rule):
+    """An exponential average that forgets its start faster: ``w = max(tau, (1 + e / g)^-p)``.
 
-    Until the first copy it is the first iterate.
+    Here ``e = k - 1 + ahead`` counts updates, whatever lies between them, and ``g`` is inv_gamma.
+    ``Warmup(1e-4)`` is the schedule of ema-pytorch; ``Warmup(tau, inv_gamma=9, power=1, ahead=1)``
+    is torch_ema's decay ``min(1 - tau, (1 + n) / (10 + n))`` at its n-th update after the first
+    iterate.
 
     Args:
-        every: updates between two copies, at least 1.
+        tau: the weight of the newest iterate once warm, in [0, 1).
+        inv_gamma: updates by which the schedule is stretched, at least 1.
+        power: in (0, 1]; 2/3 suits runs of a million updates, 3/4 shorter ones.
+        ahead: updates by which the schedule is ahead, at least 0.
+
+    References:
+        https://github.com/lucidrains/ema-pytorch, https://github.com/fadel/pytorch_ema.
 
     Example:
-        >>> Hard(every=2).weights(3)
-        [0.0, 1.0, 0.0]
+        >>> [round(w, 3) for w in Warmup(tau=0.3, power=1).weights(3)]     # gains 1, 1/2, 1/3
+        [0.333, 0.333, 0.333]
     """
 
-    every: int
+    tau: float
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    ahead: int = 0
 
     def __post_init__(self) -> None:
-        require_int(self.every, 1, "Hard's every")
+        _require(0 <= self.tau < 1, "Warmup's tau must be in [0, 1)", self.tau)
+        finite = math.isfinite(self.inv_gamma) and self.inv_gamma >= 1
+        _require(finite, "Warmup's inv_gamma must be at least 1", self.inv_gamma)
+        _require(0 < self.power <= 1, "Warmup's power must be in (0, 1]", self.power)
+        require_int(self.ahead, 0, "Warmup's ahead")
 
     def gain(self, k: int, every: int = 1) -> float:
-        """1 at every N-th update and at the first, else 0."""
-        return 1.0 if k == 1 or k % self.every == 0 else 0.0
+        """``max(tau, (1 + (k - 1 + ahead) / inv_gamma)^-power)``; 1 at the first update."""
+        return 1.0 if k == 1 else max(self.tau, self._warm(k))
 
     def weight(self, j: int, k: int, every: int = 1) -> float:
-        """1 for the iterate that was copied last."""
-        return 1.0 if j == max(1, k - k % self.every) else 0.0
+        """The gain of update j times what the later ones leave of it."""
+        return self.gain(j) * self.share(j, k)
 
     def share(self, j: int, k: int, every: int = 1) -> float:
-        """1 from the iterate that was copied last."""
-        return 1.0 if j >= max(1, k - k % self.every) else 0.0
+        """The product of ``1 - w`` over updates ``j + 1 .. k``, from a table of sums of logs."""
+        return math.exp(self._log_left(k) - self._log_left(j)) if j > 0 else 0.0
 
     def falls(self, k: int, every: int = 1) -> list[int]:
-        """The iterate that was copied last."""
-        return [max(1, k - k % self.every)]
+        """The first iterate, where the second gain is below a half."""
+        return [1] if k > 1 and self.gain(2) < 0.5 else []
+
+    def _warm(self, k: int) -> float:
+        return float((1 + (k - 1 + self.ahead) / self.inv_gamma) ** -self.power)
+
+    @cached_property
+    def _logs(self) -> list[float]:
+        """The sums of ``log(1 - w)`` over updates ``2 .. k``, as far as they were asked for."""
+        return [0.0, 0.0]
+
+    def _log_left(self, k: int) -> float:
+        logs = self._logs
+        while len(logs) <= k and self._warm(len(logs)) > self.tau:
+            logs.append(logs[-1] + math.log1p(-self.gain(len(logs))))
+        warm = min(k, len(logs) - 1)
+        return logs[warm] + ((k - warm) * math.log1p(-self.tau) if k > warm else 0.0)
 
 
 RULES: dict[str, type[Rule]] = {
     rule.__name__.lower(): rule
-    for rule in (Ema, Uniform, Tail, Between, Polynomial, Power, Window, Hard)
+    for rule in (Ema, Uniform, Tail, Between, Polynomial, Power, Window, Warmup)
 }
 
 

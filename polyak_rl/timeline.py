@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers
 from polyak_rl.files import write_whole
-from polyak_rl.guard import Guard, all_finite, check_guard
+from polyak_rl.guard import Guard, all_finite, check_guard, refuse_capture
 from polyak_rl.rules import Ema, Rule, require_int
-from polyak_rl.vector import Averages, WeightVector, require_online
+from polyak_rl.vector import (
+    Averages,
+    WeightVector,
+    check_clock,
+    check_vectors,
+    damage_is_a_value_error,
+)
 
 _FORMAT = "polyak_rl.timeline/1"
 _TENTHS = 20  # expected runs are cut so that every tail of a multiple of 5 % has a border
@@ -26,6 +33,30 @@ class Segment(NamedTuple):
     first: int
     last: int
     weight: float
+
+
+class _Closed(NamedTuple):
+    """The closed segments; replaced as one, so that an interrupt finds the old or the new.
+
+    Their means lie in a ring of rows from ``start`` on, without a gap but while they are joined.
+    """
+
+    ends: list[int]  # the last iterate of each
+    last: int  # that of the newest
+    length: int  # of those to come, where nothing is expected
+    border: int  # the last iterate of the open one
+    start: int
+    joined: int  # how many are joined already, where the others are not yet
+
+    def runs(self, size: int) -> list[range]:
+        """The rows of the means in their order, as far as they follow one another."""
+        places = [
+            (self.start - 1 + i if i < self.joined else self.start + self.joined + i) % size
+            for i in range(len(self.ends))
+        ]
+        breaks = [i for i in range(1, len(places)) if places[i] != places[i - 1] + 1]
+        cuts = zip([0, *breaks], [*breaks, len(places)], strict=True)
+        return [range(places[a], places[b - 1] + 1) for a, b in cuts if a < b]
 
 
 class Timeline(Averages[Rule]):
@@ -98,45 +129,59 @@ class Timeline(Averages[Rule]):
                 f"{capacity} segments of {self._vector.size} weights take {self.nbytes:,} bytes, "
                 f"over max_bytes = {max_bytes:,}: lower capacity or raise max_bytes"
             )
-        size, device = self._vector.size, self._vector.device
-        self._means = torch.zeros(capacity, size, dtype=torch.float64, device=device)
-        self._sum = torch.zeros(size, dtype=torch.float64, device=device)  # of the open segment
-        self._now = torch.zeros_like(self._sum)
-        self._views = self._vector.views(self._now)
-        self._ends: list[int] = []  # the last iterate of each closed segment
-        self._length = 1  # of segments to come, where nothing is expected
         if expected is not None:
             updates = expected // every
             cuts = capacity - capacity % _TENTHS or capacity
-            self._planned = [-(-i * updates // cuts) for i in range(1, cuts + 1)]
-            self._length = -(-updates // cuts)
+            planned = [-(-i * updates // cuts) for i in range(1, cuts + 1)]
+            self._planned = sorted({*planned})
+            length = -(-updates // cuts)
         else:
-            self._planned = []
+            self._planned, length = [], 1
+        self._closed = self._close_at([], length)
+        self._allocate()
 
     @torch.no_grad()
     def record(self) -> None:
         """Count one gradient step, and at every N-th add the network's weights to the open segment.
 
+        An exception, KeyboardInterrupt included, leaves everything as it was.
+
         Raises:
-            RuntimeError: inside ``applied()``, where the network holds an average.
+            RuntimeError: inside ``applied()``, where the network holds an average; or while a CUDA
+                graph is captured.
             ValueError: the network has other names or shapes than before.
         """
-        require_online(self._vector, "record()")
-        self.clock += 1
-        if self.clock % self.every:
-            return
-        if self._vector.follow():
-            self._move()
-        self._vector.read(self._now, self._views)
-        if self._guarded and not all_finite([self._now]):
-            self.clock -= 1
+        if self._prepare(self.clock + 1):
+            self.clock += 1  # from here on the iterate is in
+        else:
             self.skipped += 1
-            return
-        if len(self._ends) == self.capacity:
-            self._merge()
-        self._sum.add_(self._now)
-        if self.updates >= self._border():
-            self._close()
+
+    def _prepare(self, clock: int) -> bool:
+        """Put all that belongs to a clock where it is seen only once the clock has come there.
+
+        False where the guard leaves it out.
+        """
+        refuse_capture("Timeline.record()", "Call it between replays")
+        vector = self._vector
+        vector.require_online("Timeline.record()")
+        k, rest = divmod(clock, self.every)
+        if rest:
+            return True
+        vector.follow()
+        if self._device is not vector.device:
+            self._move()
+        closed = self._settle()
+        # The sum of the open segment goes from one row to the other.
+        total, views = self._sums[k % 2]
+        if k - 1 == closed.last:
+            vector.read(total, views)
+            return not self._guarded or all_finite([total])
+        now, views = self._sums[2]
+        vector.read(now, views)
+        if self._guarded and not all_finite([now]):
+            return False
+        torch.add(self._sums[(k - 1) % 2][0], now, out=total)
+        return True
 
     @property
     def updates(self) -> int:
@@ -158,6 +203,7 @@ class Timeline(Averages[Rule]):
         error = sum(self._excess(rule, segment) for segment in self.weights(rule))
         return error if error > 1e-12 else 0.0  # rounding of the shares
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def vector(self, which: Rule) -> Tensor:
         """One average as a float64 vector in the layout of the network.
@@ -173,11 +219,15 @@ class Timeline(Averages[Rule]):
                 f"{self.finest_half_life():.0f} gradient steps, its shortest tail "
                 f"{self._shortest() * self.every} of {self.updates * self.every}"
             )
-        weights = self._means.new_tensor([segment.weight for segment in self.weights(which)])
-        closed = len(self._ends)
-        average = weights[:closed] @ self._means[:closed]
-        if len(weights) > closed:
-            average += self._sum * (weights[closed] / (self.updates - self._closed_updates()))
+        weights, closed = [segment.weight for segment in self.weights(which)], self._settle()
+        average, at = torch.zeros_like(self._means[0]), 0
+        for rows in closed.runs(len(self._means)):
+            part = self._means.new_tensor(weights[at : at + len(rows)])
+            means = self._means[rows.start : rows.stop]
+            average = part @ means if not at else average + part @ means
+            at += len(rows)
+        if at < len(weights):
+            average += self._sum * (weights[at] / (self.updates - closed.last))
         return average
 
     def finest_half_life(self) -> float:
@@ -189,8 +239,11 @@ class Timeline(Averages[Rule]):
                 return math.inf  # the first iterate stands for all before it: nothing fits
         return half_life
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def state_dict(self, *, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
         """Everything recorded, as tensors and plain values; the segments in ``dtype``."""
+        closed, total = self._settle(), self._sum
         return {
             "format": _FORMAT,
             "layout": self._vector.describe(),
@@ -199,34 +252,66 @@ class Timeline(Averages[Rule]):
             "every": self.every,
             "clock": self.clock,
             "skipped": self.skipped,
-            "length": self._length,
-            "ends": list(self._ends),
-            "means": self._means[: len(self._ends)].to(dtype, copy=True),
-            "sum": self._sum.clone(),
+            "length": closed.length,
+            "ends": [*closed.ends],
+            "start": closed.start,  # so that what is loaded sums in the same order, to the bit
+            "means": self._means[self._rows()].to(dtype, copy=True),
+            "sum": total.clone() if self.updates > closed.last else torch.zeros_like(total),
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: another format, capacity, cadence, names or shapes; nothing has changed.
+            ValueError: it is no such state, or one of another format, capacity, cadence, names or
+                shapes; nothing has changed.
         """
-        if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
-            raise ValueError(f"this is not a timeline of format {_FORMAT!r}")
-        for what in ("capacity", "expected", "every"):
-            if state[what] != getattr(self, what):
+        self._check(state)()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _check(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """What loads a state that was found to be right."""
+        with damage_is_a_value_error("timeline"):
+            if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
+                raise ValueError(f"this is not a timeline of format {_FORMAT!r}")
+            for what in ("capacity", "expected", "every"):
+                if state[what] != getattr(self, what):
+                    raise ValueError(
+                        f"the saved timeline has {what} = {state[what]}, this one "
+                        f"{getattr(self, what)}"
+                    )
+            clock, length = check_clock(state, "clock"), check_clock(state, "length", 1)
+            skipped, start = (check_clock({key: 0, **state}, key) for key in ("skipped", "start"))
+            ends, first = list(state["ends"]), 1
+            for i in range(len(ends)):
+                first = check_clock({"end of a segment": ends[i]}, "end of a segment", first) + 1
+            if max(len(ends), start) > self.capacity or first - 1 > clock // self.every:
                 raise ValueError(
-                    f"the saved timeline has {what} = {state[what]}, this one {getattr(self, what)}"
+                    "the saved timeline is damaged: its segments do not fit its clock or capacity"
                 )
-        means = self._vector.from_layout(state["layout"], state["means"])
-        total = self._vector.from_layout(state["layout"], state["sum"])
-        if len(means) != len(state["ends"]) or len(means) > self.capacity:
-            raise ValueError("the saved timeline is damaged: its segments do not fit their borders")
-        self._means[: len(means)] = means
-        self._sum.copy_(total)
-        self.clock, self._length, self._ends = state["clock"], state["length"], list(state["ends"])
-        self.skipped = state.get("skipped", 0)
+            means, total = (
+                self._vector.from_layout(state["layout"], check_vectors(state, key, shape))
+                for key, shape in (("means", [len(ends)]), ("sum", []))
+            )
+
+        def load() -> None:
+            self._allocate()
+            self._closed = self._close_at(ends, length, start)
+            for row, mean in zip(self._rows(), means, strict=True):
+                self._means[row] = mean
+            self._sums[clock // self.every % 2][0].copy_(total)
+            self.clock, self.skipped = clock, skipped
+
+        return torch.inference_mode(False)(torch.no_grad()(load))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views of the sums, which a pickle would part from them, are made anew.
+        return {key: x for key, x in vars(self).items() if key != "_sums"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._look()
 
     def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float64) -> None:
         """Write the timeline to a file of tensors and plain values.
@@ -254,8 +339,9 @@ class Timeline(Averages[Rule]):
             ValueError: the file is no timeline, is damaged, or is of another network.
         """
         state = read_state(path, _FORMAT, "a timeline")
-        shape = {name: state[name] for name in ("capacity", "expected", "every")}
-        timeline = cls(like, **shape, **options)
+        with damage_is_a_value_error("timeline"):
+            shape = {name: state[name] for name in ("capacity", "expected", "every")}
+            timeline = cls(like, **shape, **options)
         timeline.load_state_dict(state)
         return timeline
 
@@ -275,43 +361,89 @@ class Timeline(Averages[Rule]):
             max_weight_error=self.max_weight_error,
             max_bytes=self.nbytes,
         )
-        one.clock, one._length, one._ends = self.clock, self._length, list(self._ends)
-        closed = len(self._ends)
+        closed = self._settle()
+        one._closed = one._close_at([*closed.ends], closed.length)
+        one.clock = self.clock
         pairs = [(self._sum, one._sum)]
-        pairs += zip(self._means[:closed], one._means[:closed], strict=True)
+        pairs += [(self._means[row], one._means[i]) for i, row in enumerate(self._rows())]
         for ours, theirs in pairs:
             for mine, view in zip(self._vector.views(ours), one._vector.views(theirs), strict=True):
                 view.copy_(mine[index : index + 1])
         return one
 
-    def _closed_updates(self) -> int:
-        return self._ends[-1] if self._ends else 0
+    @property
+    def _sum(self) -> Tensor:
+        """Of the iterates in the open segment; anything where there are none."""
+        return self._sums[self.updates % 2][0]
 
-    def _border(self) -> int:
-        """The iterate that closes the open segment."""
-        done = self._closed_updates()
-        return next((end for end in self._planned if end > done), done + self._length)
+    def _rows(self) -> list[int]:
+        """Where the mean of each closed segment lies."""
+        return [row for run in self._closed.runs(len(self._means)) for row in run]
 
-    def _close(self) -> None:
-        count = self.updates - self._closed_updates()
-        torch.div(self._sum, count, out=self._means[len(self._ends)])
-        self._sum.zero_()
-        self._ends.append(self.updates)
+    def _close_at(self, ends: list[int], length: int, start: int = 0, joined: int = 0) -> _Closed:
+        """Closed segments, and the border of the next one: a planned one, or the length on."""
+        last = ends[-1] if ends else 0
+        at = bisect_right(self._planned, last)
+        border = self._planned[at] if at < len(self._planned) else last + length
+        return _Closed(ends, last, length, border, start, joined)
+
+    def _close(self, last: int) -> _Closed:
+        """End the open segment, which changes no average."""
+        ends, before, length, _, start, _ = self._closed
+        row = self._means[(start + len(ends)) % len(self._means)]
+        torch.div(self._sums[last % 2][0], last - before, out=row)
+        self._closed = self._close_at([*ends, last], length, start)
+        return self._closed
+
+    def _settle(self) -> _Closed:
+        """The segments as the clock has them: neighbours joined where one came on top of all,
+        and the open one closed at its border. Each look begins here, whatever was interrupted.
+        """
+        closed = self._closed
+        if closed.joined or (len(closed.ends) == self.capacity and self.updates > closed.last):
+            self._merge()  # before anything is closed, since it moves the border
+            closed = self._closed
+        return self._close(self.updates) if self.updates >= closed.border else closed
 
     def _merge(self) -> None:
-        """Join neighbours two by two; segments to come are twice as long."""
-        counts = [end - start for start, end in zip([0, *self._ends[:-1]], self._ends, strict=True)]
-        for i in range(0, self.capacity, 2):
-            left, right = counts[i], counts[i + 1]
-            joined = self._means[i].mul(left).add_(self._means[i + 1], alpha=right)
-            self._means[i // 2].copy_(joined.div_(left + right))
-        self._ends = self._ends[1::2]
-        self._length *= 2
+        """Join neighbours two by two; segments to come are twice as long.
+
+        The first mean goes to the row that is free, before the others, and each one after it to the
+        row behind: one that has been joined. After each pair the segments are whole.
+        """
+        size, closed = len(self._means), self._closed
+        for i in range(closed.joined, self.capacity // 2):
+            ends, _, length, _, start, _ = self._closed
+            left = ends[i] - (ends[i - 1] if i else 0)
+            right = ends[i + 1] - ends[i]
+            one, other = (self._means[(start + 2 * i + j) % size] for j in (0, 1))
+            mean = torch.mul(one, left, out=self._means[(start - 1 + i) % size])
+            mean.add_(other, alpha=right).div_(left + right)
+            ends = ends[:i] + ends[i + 1 :]
+            if i + 1 < self.capacity // 2:
+                self._closed = self._close_at(ends, length, start, i + 1)
+            else:
+                self._closed = self._close_at(ends, 2 * length, (start - 1) % size)
+
+    @torch.inference_mode(False)
+    def _allocate(self) -> None:
+        kind: Any = {"dtype": torch.float64, "device": self._vector.device}
+        # One row more than segments, so that two can be joined into a third.
+        self._means = torch.zeros(self.capacity + 1, self._vector.size, **kind)
+        self._totals = torch.zeros(3, self._vector.size, **kind)  # sums, and the iterate
+        self._device = self._vector.device
+        self._look()
+
+    def _look(self) -> None:
+        self._sums: list[tuple[Tensor, list[Tensor]]] = [
+            (row, self._vector.views(row)) for row in self._totals
+        ]
 
     def _stretches(self) -> list[tuple[int, int]]:
         """The first and last iterate of each segment, the open one included."""
-        ends = [*self._ends]
-        if self.updates > self._closed_updates():
+        closed = self._settle()
+        ends = [*closed.ends]
+        if self.updates > closed.last:
             ends.append(self.updates)
         return [(first + 1, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -338,13 +470,13 @@ class Timeline(Averages[Rule]):
         if not self.updates:
             raise ValueError("the timeline is empty: call record() after each gradient step")
 
+    @torch.inference_mode(False)
     def _move(self) -> None:
         """Go to where the network went."""
         device = self._vector.device
-        if self._sum.device != device:
-            self._means, self._sum = self._means.to(device), self._sum.to(device)
-            self._now = self._now.to(device)
-            self._views = self._vector.views(self._now)
+        self._means, self._totals = self._means.to(device), self._totals.to(device)
+        self._look()
+        self._device = device  # last, so that what an interrupt left undone is done again
 
 
 def read_state(path: str | os.PathLike[str], format: str, what: str) -> dict[str, Any]:

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from polyak_rl.buffers import Buffers, Treatment, by_pattern, choose_treatments
 from polyak_rl.flat import coalesce
 from polyak_rl.pairing import Pair, Watch
+from polyak_rl.swap import require_online, swaps
 
 Tau: TypeAlias = float | Tensor | Mapping[str, float]
 """One number in [0, 1], a 0-dim tensor on the networks' device, or a number per name pattern."""
 
 Call: TypeAlias = Callable[[], object]
-
-refusals: list[Callable[[list[Pair]], None]] = []
-"""Each is called with the pairs of an update before it writes, and raises where it must not."""
 
 
 class Terms(NamedTuple):
@@ -102,8 +100,7 @@ class Plan:
         return [partial(torch._foreach_copy_, *self._copied)] if self._copied[0] else []
 
     def _run(self, calls: list[Call], last: tuple[Call, ...] = ()) -> None:
-        for refuse in refusals:
-            refuse(self.pairs)
+        self._require_online()
         if self._traced:
             for one in (*calls, *last):
                 one()
@@ -114,6 +111,11 @@ class Plan:
         [*map(call, (*calls, *last))]
         for group in self._with_masters:
             group.remember_writes()
+
+    def _require_online(self) -> None:
+        if swaps:  # almost never: this must cost nothing
+            both = [tensor for pair in self.pairs for tensor in (pair.target, pair.online)]
+            require_online("updating a target network", both)
 
     @property
     def masters(self) -> dict[str, Tensor]:

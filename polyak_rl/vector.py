@@ -5,15 +5,36 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.nn.parameter import is_lazy
 
-from polyak_rl.buffers import Buffers, choose_treatments
-from polyak_rl.flat import Slot, flat_of
+from polyak_rl.buffers import Buffers, Treatment, choose_treatments
+from polyak_rl.flat import flat_of
 from polyak_rl.pairing import Entry, Watch, is_sharded, match, shard_of, sharding, unwrap, walk
+from polyak_rl.swap import Swap, require_online, swaps
+
+_LARGEST = 1 << 53  # no clock reaches it
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the vector: its offset in real numbers, its stride in its own."""
+
+    name: str
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    is_complex: bool
+
+    def view(self, vector: Tensor) -> Tensor:
+        """The tensor inside a vector."""
+        start = vector.storage_offset() + self.offset
+        if not self.is_complex:
+            return vector.as_strided(self.shape, self.stride, start)
+        stride = [2 * step for step in self.stride]
+        return torch.view_as_complex(vector.as_strided((*self.shape, 2), (*stride, 1), start))
 
 
 class WeightVector:
@@ -22,55 +43,79 @@ class WeightVector:
     The network is only observed. Where it is flat the vector has its layout, so that reading is one
     kernel; elsewhere tensors follow one another and reading takes one ``foreach`` call. Networks
     that are moved, cast, flattened or re-assigned later are followed; the layout stays. Of sharded
-    networks it holds the shards of this process.
+    networks it holds the shards of this process. A complex number is two real ones.
 
     Attributes:
         slots: name, shape, stride and offset of each tensor in the vector.
-        size: the elements of the vector.
-        dtype: float64 where the network has such tensors, else float32.
+        size: the real numbers of the vector.
+        dtype: float64 where the network has numbers of such precision, else float32.
         device: where the network is now.
-        storages: the addresses of the memory that the network's tensors live in.
     """
 
     def __init__(self, module: nn.Module, buffers: Buffers = "copy") -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"averages are of a module, got {type(module).__name__}")
+        if any(isinstance(inner, torch.jit.ScriptModule) for inner in module.modules()):
+            raise ValueError("TorchScript networks cannot be averaged: average the eager module")
         self.module = module
-        self._policy = buffers
+        self._buffers = buffers
         entries = self._entries()
         if not entries:
             raise ValueError(f"{type(module).__name__} has no floating-point tensor to average")
+        for entry in entries:
+            if is_lazy(entry.tensor):
+                raise ValueError(
+                    f"{entry.name!r} is not initialised yet: run one batch through the network"
+                )
+            if entry.tensor.layout is not torch.strided:
+                raise ValueError(f"{entry.name!r} must be dense, got {entry.tensor.layout}")
+            if entry.tensor.device.type == "meta":
+                raise ValueError(f"{entry.name!r} is on the meta device and has no values")
         self.slots = self._layout(entries)
         last = self.slots[-1]
-        self.size = last.offset + last.shape.numel()
+        self.size = last.offset + last.shape.numel() * (1 + last.is_complex)
         flat = self._flat_buffer()
         if flat is not None:
             self.size = flat.numel()
-        double = any(entry.tensor.dtype == torch.float64 for entry in entries)
+        self.size += self.size % 2 * any(slot.is_complex for slot in self.slots)
+        double = any(entry.tensor.dtype in (torch.float64, torch.complex128) for entry in entries)
         self.dtype = torch.float64 if double else torch.float32
-        self._observe(entries)
+        self._watch: Watch | None = None
+        self.follow()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is found in the module is found anew: a pickle would part it from the module.
+        found = ("_watch", "_tensors", "_named", "_flat", "_shards", "_treatments", "device")
+        return {key: x for key, x in vars(self).items() if key not in found} | {"_watch": None}
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The tensors inside a vector, in the order of ``slots``."""
-        start = vector.storage_offset()
-        return [vector.as_strided(s.shape, s.stride, start + s.offset) for s in self.slots]
+        return [slot.view(vector) for slot in self.slots]
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         """The tensors inside a vector by name."""
-        return {slot.name: view for slot, view in zip(self.slots, self.views(vector), strict=True)}
+        return {slot.name: slot.view(vector) for slot in self.slots}
 
-    def follow(self) -> bool:
-        """Notice a network that moved; True where it did. Raises ValueError if names changed."""
-        if self._watch.intact():
-            return False
-        entries = self._entries()
-        ours = {slot.name: tuple(slot.shape) for slot in self.slots}
-        theirs = {entry.name: tuple(entry.tensor.shape) for entry in entries}
+    def follow(self) -> None:
+        """Notice a network that moved. Raises ValueError if names or shapes changed."""
+        if self._watch is not None and self._watch.intact():
+            return
+        found = {entry.name: entry.tensor for entry in self._entries()}
+        ours = {slot.name: (tuple(slot.shape), slot.is_complex) for slot in self.slots}
+        theirs = {n: (tuple(shard_of(x).shape), x.is_complex()) for n, x in found.items()}
         if ours != theirs:
             changed = sorted(set(ours.items()) ^ set(theirs.items()))
             raise ValueError(f"the network has changed since its average began: {changed[:4]}")
-        self._observe(entries)
-        return True
+        self._named = {slot.name: found[slot.name] for slot in self.slots}
+        self._tensors = [shard_of(tensor).detach() for tensor in self._named.values()]
+        self.device = self._tensors[0].device
+        self._flat = self._flat_buffer()
+        self._watch = Watch(self.module)
+
+    def require_online(self, what: str) -> None:
+        """Raise RuntimeError where the network holds an average instead of its own weights."""
+        if swaps and self._watch is not None:
+            require_online(what, self._tensors)
 
     def read(self, vector: Tensor, views: list[Tensor]) -> None:
         """Copy the network into a vector; ``views`` are those of this vector."""
@@ -81,41 +126,48 @@ class WeightVector:
 
     def now(self) -> Tensor:
         """The network as a new vector."""
+        self.follow()
         now = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         self.read(now, self.views(now))
         return now
 
-    def clone(self) -> list[Tensor]:
+    def clone(self) -> dict[str, Tensor]:
         """The network's own tensors, copied."""
-        return [tensor.clone() for tensor in self._tensors]
-
-    @torch.no_grad()
-    def restore(self, tensors: list[Tensor]) -> None:
-        """Write what :meth:`clone` returned, to where the network is now."""
         self.follow()
-        torch._foreach_copy_(self._tensors, tensors)
+        copies = [tensor.clone() for tensor in self._tensors]
+        return dict(zip(self._named, copies, strict=True))
 
-    def addresses(self) -> list[int]:
-        """Where each tensor of the network lies now."""
-        return [tensor.data_ptr() for tensor in self._tensors]
+    def swap(self, swap: Swap, vector: Tensor) -> None:
+        """Put a vector in place of the network's weights until ``swap.leave()``."""
+        self.follow()
+        swap.enter(self._named, self.views(vector))
 
     @torch.no_grad()
-    def write(self, vector: Tensor, module: nn.Module | None = None) -> None:
-        """Copy a vector into the network, or into a module that matches it."""
+    def write(self, vector: Tensor, module: nn.Module) -> None:
+        """Copy a vector into a module that matches the network, or into the network itself."""
+        self.follow()
         values = self.named(vector)
-        if module is None:
-            return self.restore(list(values.values()))
-        name_of = {id(entry.tensor): entry.name for entry in self._entries()}
-        for pair in match(module, self.module):
-            target, online = shard_of(pair.target), shard_of(pair.online)
-            if id(online) in name_of:
-                target.copy_(values[name_of[id(online)]])
-            elif self._policies[pair.name] == "copy":
-                target.copy_(online)
-        return None
+        if unwrap(module) is unwrap(self.module):
+            torch._foreach_copy_(self._tensors, list(values.values()))
+            return
+        ours, theirs = (
+            {entry.name: entry for entry in walk(network)} for network in (self.module, module)
+        )
+        policies = self._choose([*ours.values(), *(theirs[n] for n in theirs if n not in ours)])
+        kept = {name for name, policy in policies.items() if policy == "keep"}
+        name_of = {id(entry.tensor): name for name, entry in reversed(ours.items())}
+        pairs = match(
+            {name: entry.tensor for name, entry in theirs.items() if name not in kept},
+            {name: entry.tensor for name, entry in ours.items() if name not in kept},
+        )
+        for pair in pairs:
+            target, online = shard_of(pair.target).detach(), shard_of(pair.online)
+            name = name_of[id(pair.online)]
+            target.copy_(values.get(name, online))
 
     def describe(self) -> list[dict[str, Any]]:
         """The layout as plain values, for a file."""
+        self.follow()
         return [
             {
                 "name": s.name,
@@ -123,6 +175,7 @@ class WeightVector:
                 "stride": [*s.stride],
                 "offset": s.offset,
                 "shard": self._shards[s.name],
+                **({"complex": True} if s.is_complex else {}),
             }
             for s in self.slots
         ]
@@ -133,67 +186,80 @@ class WeightVector:
         Raises:
             ValueError: names, shapes or shards differ; the message names the difference.
         """
-        theirs = {s["name"]: (*s["shape"], s.get("shard", "")) for s in saved}
-        ours = {s.name: (*s.shape, self._shards[s.name]) for s in self.slots}
-        if theirs != ours:
-            changed = sorted(set(ours.items()) ^ set(theirs.items()))
-            raise ValueError(f"the saved averages are of another network: {changed[:4]} differ")
-        if list(saved) == self.describe() and vectors.shape[-1] == self.size:
+        ours = self.describe()
+        if list(saved) == ours and vectors.shape[-1] == self.size:
             return vectors
+        places = {
+            s["name"]: Place(
+                s["name"],
+                torch.Size(s["shape"]),
+                tuple(s["stride"]),
+                s["offset"],
+                s.get("complex", False),
+            )
+            for s in saved
+        }
+        differ = {
+            (s["name"], (*s["shape"], s.get("shard", ""), s.get("complex", False))) for s in saved
+        } ^ {(s["name"], (*s["shape"], s["shard"], s.get("complex", False))) for s in ours}
+        if differ:
+            raise ValueError(f"the saved averages are of another network: {sorted(differ)[:4]}")
         rows = vectors.reshape(-1, vectors.shape[-1])
         out = rows.new_zeros(len(rows), self.size)
-        by_name = {slot["name"]: slot for slot in saved}
         for old, new in zip(rows, out, strict=True):
+            own = old.clone()  # in memory of its own, so that no place can lie outside of it
             for name, view in self.named(new).items():
-                slot = by_name[name]
-                at = old.storage_offset() + slot["offset"]
-                view.copy_(old.as_strided(slot["shape"], slot["stride"], at))
+                view.copy_(places[name].view(own))
         return out.reshape(*vectors.shape[:-1], self.size)
 
     def _entries(self) -> list[Entry]:
-        """The shards of parameters and of buffers whose policy is to be averaged, ties once."""
+        """Parameters and buffers whose policy is to be averaged, ties once."""
         inside = list(walk(self.module))
-        self._policies = choose_treatments([entry[:3] for entry in inside], self._policy)
+        self._treatments = self._choose(inside)
         kept: dict[int, Entry] = {}
         for entry in inside:
-            if self._policies[entry.name] == "average":
+            if self._treatments[entry.name] == "average":
                 kept.setdefault(id(entry.tensor), entry)
         self._shards = {entry.name: _which_shard(entry.tensor) for entry in kept.values()}
-        return [entry._replace(tensor=shard_of(entry.tensor)) for entry in kept.values()]
+        return list(kept.values())
 
-    def _layout(self, entries: list[Entry]) -> tuple[Slot, ...]:
+    def _choose(self, entries: Sequence[Entry]) -> dict[str, Treatment]:
+        # Buffers that are None so far have a name too, which a pattern may mean.
+        to_come = [
+            (f"{prefix}.{key}".lstrip("."), torch.empty(0, device="cpu"), True)
+            for prefix, inner in unwrap(self.module).named_modules()
+            for key, buffer in inner._buffers.items()
+            if buffer is None
+        ]
+        return choose_treatments([*(entry[:3] for entry in entries), *to_come], self._buffers)
+
+    def _layout(self, entries: list[Entry]) -> tuple[Place, ...]:
         flat = flat_of(unwrap(self.module))
-        if flat is not None and len(flat.layout) == 1:
+        if flat is not None and len(flat.layout) == 1 and not flat.buffers[0].is_complex():
             (slots,) = flat.layout.values()
             if [slot.name for slot in slots] == [entry.name for entry in entries]:
                 lead = () if flat.members is None else (flat.members,)
                 row = () if flat.members is None else (flat.buffers[0].stride(0),)
                 return tuple(
-                    Slot(s.name, torch.Size((*lead, *s.shape)), (*row, *s.stride), s.offset)
+                    Place(s.name, torch.Size((*lead, *s.shape)), (*row, *s.stride), s.offset, False)
                     for s in slots
                 )
-        slots_, offset = [], 0
+        places, offset = [], 0
         for entry in entries:
-            shape = entry.tensor.shape
+            shape, is_complex = shard_of(entry.tensor).shape, entry.tensor.is_complex()
             stride = torch.empty(shape, device="meta").stride()
-            slots_.append(Slot(entry.name, shape, stride, offset))
-            offset += shape.numel()
-        return tuple(slots_)
+            offset += offset % 2 * is_complex  # a view of complex numbers begins at an even one
+            places.append(Place(entry.name, shape, stride, offset, is_complex))
+            offset += shape.numel() * (1 + is_complex)
+        return tuple(places)
 
     def _flat_buffer(self) -> Tensor | None:
         """The network's own vector where it is flat in this very layout."""
         flat = flat_of(unwrap(self.module))
-        if flat is None or len(flat.buffers) != 1 or self._layout(self._entries()) != self.slots:
+        if flat is None or len(flat.buffers) != 1 or flat.buffers[0].is_complex():
             return None
-        return flat.buffers[0].view(-1)
-
-    def _observe(self, entries: list[Entry]) -> None:
-        self._tensors = [entry.tensor.detach() for entry in entries]
-        self.device = self._tensors[0].device
-        self.storages = {tensor.untyped_storage().data_ptr() for tensor in self._tensors}
-        self.storages.discard(0)  # empty shards may have no memory, and so none in common
-        self._flat = self._flat_buffer()
-        self._watch = Watch(self.module)
+        same = self._layout(self._entries()) == self.slots
+        return flat.buffers[0].view(-1) if same else None
 
 
 def _which_shard(tensor: Any) -> str:
@@ -201,6 +267,37 @@ def _which_shard(tensor: Any) -> str:
     if not is_sharded(tensor):
         return ""
     return f"shard {[*(tensor.device_mesh.get_coordinate() or ())]} of {sharding(tensor)}"
+
+
+def check_clock(state: Mapping[str, Any], key: str, least: int = 0) -> int:
+    """A whole number of a saved state; ValueError where it is none, or out of range."""
+    value = state[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _LARGEST:
+        raise ValueError(f"the saved {key} must be a whole number from {least} on, got {value!r}")
+    return value
+
+
+def check_vectors(state: Mapping[str, Any], key: str, shape: Sequence[int]) -> Tensor:
+    """Finite vectors of a saved state; all of ``[*shape, any size]``, or ValueError."""
+    value = state[key]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ValueError(f"the saved {key} must be a tensor of real numbers, got {type(value)}")
+    if value.dim() != len(shape) + 1 or [*value.shape[:-1]] != [*shape]:
+        raise ValueError(f"the saved {key} must be {[*shape, '...']}, got {[*value.shape]}")
+    if value.layout is not torch.strided or not bool(value.isfinite().all()):
+        raise ValueError(f"the saved {key} must be finite")
+    return value
+
+
+@contextmanager
+def damage_is_a_value_error(what: str) -> Iterator[None]:
+    """What a state that was made up raises while it is checked comes out as ValueError."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the saved {what} is damaged: {error!r}") from error
 
 
 Which = TypeVar("Which")
@@ -215,21 +312,43 @@ class Averages(Generic[Which]):
         """One average as a vector in the layout of the network."""
         raise NotImplementedError
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def average(self, which: Which) -> dict[str, Tensor]:
-        """One average by tensor name, in the precision in which it is kept."""
-        return {name: view.clone() for name, view in self._vector.named(self.vector(which)).items()}
+        """One average by tensor name, in the precision in which it is kept.
+
+        The tensors are plain, contiguous and share no memory: ``safetensors.torch.save_file`` takes
+        them as they are, and ``load_state_dict(..., strict=False)`` of the network too.
+        """
+        named = self._vector.named(self.vector(which))
+        return {n: x.clone(memory_format=torch.contiguous_format) for n, x in named.items()}
 
     @contextmanager
     def applied(self, which: Which) -> Iterator[nn.Module]:
         """The network with an average in place of its weights, which come back bit for bit.
 
-        They come back on an exception too. May be nested. Inside, recording the network and
-        stepping an optimizer of its weights raise RuntimeError, and ``state_dict()`` of the network
-        or of a module around it holds the online weights.
-        """
-        with swapped(self._vector, self.vector(which)):
-            yield self._vector.module
+        They come back on an exception too. May be nested. Inside, what would take the average for
+        the network's own weights raises RuntimeError, here and in any other module that shares its
+        tensors: ``state_dict()`` and ``load_state_dict()``, steps of their optimizer, recording,
+        and updates of a target. ``parameters()`` and copies have the average.
 
+        Raises:
+            RuntimeError: another thread is in such a block of the network. On leaving: blocks are
+                left in another order than they were entered, or a layer was replaced; the message
+                says what is where.
+        """
+        swap = Swap(self._vector.module)
+        try:
+            try:
+                self._vector.swap(swap, self.vector(which))
+                yield self._vector.module
+            finally:
+                swap.leave()
+        finally:
+            swap.leave()  # where an interrupt has cut the first short; else it does nothing
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def module(self, which: Which) -> nn.Module:
         """An independent copy of the network that holds an average.
 
@@ -248,61 +367,11 @@ class Averages(Generic[Which]):
         return twin
 
     def copy_to(self, which: Which, module: nn.Module) -> None:
-        """Write an average into another module of the same names and shapes.
+        """Write an average into another module of the same names and shapes, or the network itself.
 
         Raises:
+            RuntimeError: the network holds an average, inside :meth:`applied`.
             ValueError: the modules do not match, as in :func:`polyak_rl.soft_update`.
         """
+        self._vector.require_online("copy_to()")
         self._vector.write(self.vector(which), module)
-
-
-_swaps: list[WeightVector] = []
-
-
-def require_online(vector: WeightVector, what: str) -> None:
-    """Raise RuntimeError where the network holds an average instead of its own weights."""
-    if _swaps and any(vector.storages & swap.storages for swap in _swaps):
-        raise RuntimeError(f"{what} inside applied(): the network holds an average there")
-
-
-@contextmanager
-def swapped(vector: WeightVector, values: Tensor) -> Iterator[nn.Module]:
-    """The network of ``vector`` with other weights, as :meth:`AverageBank.applied` describes."""
-    vector.follow()
-    module = vector.module
-    online = vector.clone()
-
-    def keep_online(_: nn.Module, state: dict[str, Any], *__: object) -> None:
-        vector.follow()
-        saved = {at: x for at, x in zip(vector.addresses(), online, strict=True) if x.numel()}
-        for key, tensor in state.items():
-            address = shard_of(tensor).data_ptr() if isinstance(tensor, Tensor) else 0
-            if address in saved:
-                state[key] = tensor.detach().clone()
-                shard_of(state[key]).copy_(saved[address])
-
-    def refuse_step(optimizer: Optimizer, *_: object) -> None:
-        stepped = {
-            shard_of(p).untyped_storage().data_ptr()
-            for g in optimizer.param_groups
-            for p in g["params"]
-        }
-        if stepped & vector.storages:
-            raise RuntimeError(
-                "an optimizer step inside applied(): the network holds an average there, and the "
-                "step would be lost"
-            )
-
-    hooks = [
-        unwrap(module).register_state_dict_post_hook(keep_online),  # type: ignore[no-untyped-call]
-        register_optimizer_step_pre_hook(refuse_step),
-    ]
-    _swaps.append(vector)
-    try:
-        vector.write(values)
-        yield module
-    finally:
-        _swaps.remove(vector)
-        for hook in hooks:
-            hook.remove()
-        vector.restore(online)

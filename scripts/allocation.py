@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from polyak_rl.choose import rounds
 from scripts.choice import BASE, HELD_OUT, PRIOR, Group, affordable, grouped, halving, read
 from scripts.choice import table as markdown
-from scripts.stats import Floats
-from scripts.tidy import result_files
+from scripts.experiment.stats import Floats
+from scripts.experiment.tidy import result_files
 
 BUDGETS = (12, 36, 60)
 Ints = NDArray[np.int64]

@@ -2,7 +2,7 @@
 
     python -m scripts.train dqn --env-id CartPole-v1
     python -m scripts.train sac --env-id Pendulum-v1 --seed 2 --learning-rate 3e-4
-    python -m scripts.train dqn --env-id ALE/Pong-v5  # needs: pip install -e '.[train,atari]'
+    python -m scripts.train dqn --env-id ALE/Pong-v5  # needs the group atari
     python -m scripts.train --resume runs/RUN
 
 The defaults are the preset of the algorithm for the environment (agents/presets.py);

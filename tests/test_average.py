@@ -8,11 +8,11 @@ from torch import nn
 from polyak_rl import (
     AverageBank,
     Ema,
-    Hard,
     Polynomial,
     Power,
     Tail,
     Uniform,
+    Warmup,
     Window,
     flatten_,
     refresh_batch_norm,
@@ -26,7 +26,7 @@ RULES = {
     "polynomial": Polynomial(gamma=3),
     "power": Power(sigma_rel=0.1),
     "window": Window(size=4, every=10),
-    "hard": Hard(every=6),
+    "warmup": Warmup(tau=0.1),
 }
 
 
@@ -191,7 +191,7 @@ def test_before_the_first_update_an_average_is_the_network():
 
 def test_an_average_that_restarts_forgets_a_nan():
     policy, generator = network(), torch.Generator().manual_seed(0)
-    bank = AverageBank(policy, {"late": Uniform(start=40), "hard": Hard(every=10)})
+    bank = AverageBank(policy, {"late": Uniform(start=40), "window": Window(1, 10)})
     with torch.no_grad():
         policy[0].weight.fill_(math.nan)
     bank.update()
@@ -226,12 +226,16 @@ def test_the_weights_come_back_bit_for_bit():
 
 def test_swaps_nest_and_unwind_in_order():
     policy, bank = trained()
-    other = AverageBank(policy, {"hard": Hard(1)})
+    other = AverageBank(policy, {"newest": Ema(tau=1.0)})
     before = copy.deepcopy(policy.state_dict())
     with bank.applied("uniform"):
         outer = copy.deepcopy([*policy.parameters()])
-        with bank.applied("ema"), other.applied("hard"):
-            same(policy.state_dict(), before)  # a checkpoint holds the online weights
+        with (
+            bank.applied("ema"),
+            other.applied("newest"),
+            pytest.raises(RuntimeError, match=r"state_dict\(\) inside applied\(\)"),
+        ):
+            policy.state_dict()
         assert all(torch.equal(a, b) for a, b in zip(outer, policy.parameters(), strict=True))
     same(policy.state_dict(), before, rtol=0, atol=0)
 
@@ -270,14 +274,30 @@ def test_updating_a_bank_inside_is_refused():
     assert (bank.clock, other.clock) == (20, 0)
 
 
-def test_a_checkpoint_inside_holds_the_online_weights():
+def test_states_of_whatever_holds_a_swapped_tensor_are_refused_inside():
     policy, bank = trained()
-    agent = nn.ModuleDict({"policy": policy, "critic": nn.Linear(2, 1)})
+    tied = nn.Linear(3, 4)
+    tied.weight = policy[0].weight
+    critic = nn.Sequential(policy[0], nn.Linear(4, 1))  # which shares the encoder
+    agent = nn.ModuleDict({"policy": policy, "critic": critic})
+    elsewhere = nn.Linear(2, 1)
     before = copy.deepcopy(agent.state_dict())
     with bank.applied("uniform"):
-        same(agent.state_dict(), before, rtol=0, atol=0)
-        same(policy.state_dict(), {n: before[f"policy.{n}"] for n in policy.state_dict()})
-        assert not torch.equal(policy[0].weight, before["policy.0.weight"])
+        for module in (
+            policy,
+            policy[0],
+            agent,
+            critic,
+            tied,
+            torch.compile(policy, backend="eager"),
+        ):
+            refused = pytest.raises(RuntimeError, match=r"average\(name\) and module\(name\)")
+            with refused:
+                module.state_dict()
+            with refused:
+                module.load_state_dict({})
+        elsewhere.load_state_dict(elsewhere.state_dict())
+    same(agent.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_compiled_network_is_swapped_too():
@@ -383,6 +403,32 @@ def test_batch_norm_statistics_are_recomputed_for_an_average():
     assert policy[1].momentum == 0.1
     with pytest.raises(ValueError, match="at least one batch"):
         refresh_batch_norm(policy, [])
+
+
+def test_a_loader_of_inputs_and_labels_gives_what_torch_s_update_bn_gives():
+    policy = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    data = torch.utils.data.TensorDataset(torch.randn(40, 2), torch.arange(40))
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    theirs = copy.deepcopy(policy)
+    torch.optim.swa_utils.update_bn(loader, theirs)
+    refresh_batch_norm(policy, loader)
+    same(policy.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("extra", [(), (torch.zeros(4),)])
+def test_a_network_of_two_inputs_gets_both(extra):
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, obs, action, state=None):
+            assert state is None
+            return self.norm(torch.cat([obs, action], 1))
+
+    critic = Critic()
+    refresh_batch_norm(critic, [(torch.full((4, 2), 2.0), torch.full((4, 1), 3.0), *extra)])
+    assert critic.norm.running_mean.tolist() == [2.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("compensated", [False, True])

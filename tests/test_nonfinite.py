@@ -113,8 +113,8 @@ def test_a_bad_observation_stops_the_run_and_says_what_reproduces_it(fault):
         training.run()
     seed = training.envs.envs[0].reset_seed
     assert str(stopped.value) == (
-        "an observation is not finite after 23 environment steps: environment 0 of seed 3, "
-        f"step 4 of the episode that reset(seed={seed}) begins"
+        "an observation is not finite in float32 after 23 environment steps: environment 0 of "
+        f"seed 3, step 4 of the episode that reset(seed={seed}) begins"
     )
     assert weights(training).isfinite().all()
     assert training.replay.added == 23
@@ -159,8 +159,8 @@ def test_a_bad_reward_of_one_of_several_seeds_names_the_seed():
     ("fault", "text"),
     [
         ("raise", "raised ZeroDivisionError in step: the wheel came off"),
-        ("shape", r"returned observation of shape \(3,\), not \(2,\)"),
-        ("reward shape", r"returned reward of shape \(1,\), not \(\)"),
+        ("shape", r"returned an observation of shape \(3,\), not \(2,\)"),
+        ("reward shape", r"returned a reward that is not one real number, but \[1.0\]"),
     ],
 )
 def test_an_environment_that_breaks_is_named_with_what_reproduces_it(fault, text):
@@ -279,9 +279,10 @@ def test_the_command_line_names_the_fault_and_the_last_good_checkpoint(tmp_path,
     FAULTS[4, 5] = "nan"
     argv = ["dqn", "--env-id", "test/Faulty-v0", "--total-steps", "100", "--runs-dir"]
     argv += [str(tmp_path), "--checkpoint-every", "20", "--hidden", "8", "--eval-every", "100"]
+    argv += ["--learning-starts", "90"]
     assert main(argv) == 1
     printed = capsys.readouterr().err
-    assert "an observation is not finite after 44 environment steps" in printed
+    assert "an observation is not finite in float32 after 44 environment steps" in printed
     assert "The last good checkpoint is of step 40." in printed
     (run,) = tmp_path.iterdir()
     assert f"--resume {run}" in printed

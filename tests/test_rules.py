@@ -4,7 +4,17 @@ from fractions import Fraction
 
 import pytest
 
-from polyak_rl import Between, Ema, Hard, Polynomial, Power, Tail, Uniform, Window, parse_rule
+from polyak_rl import (
+    Between,
+    Ema,
+    Polynomial,
+    Power,
+    Tail,
+    Uniform,
+    Warmup,
+    Window,
+    parse_rule,
+)
 from polyak_rl.rules import RULES, describe_rule, rule_from
 
 MOVING = [
@@ -18,7 +28,10 @@ MOVING = [
     Polynomial(gamma=1.5),
     Power(gamma=2.0),
     Power(sigma_rel=0.1),
-    Hard(every=4),
+    Warmup(tau=0.2),
+    Warmup(tau=0.0, power=1),
+    Warmup(tau=0.02, inv_gamma=9, power=1, ahead=1),
+    Warmup(tau=0.01, inv_gamma=1, power=1, ahead=5),
 ]
 EVERY_RULE = [
     *MOVING,
@@ -70,13 +83,23 @@ def test_the_rows_of_the_table_have_their_stated_gains():
     assert Uniform().gain(k, every) == pytest.approx(1 / k)
     assert Polynomial(3).gain(k, every) == pytest.approx(4 / (k + 3))
     assert Power(gamma=2).gain(k, every) == pytest.approx(1 - (1 - every / n) ** 3)
-    assert [Hard(3).gain(j) for j in range(1, 8)] == [1, 0, 1, 0, 0, 1, 0]
+    assert Warmup(tau, inv_gamma=3, power=0.5).gain(k) == pytest.approx((1 + 10 / 3) ** -0.5)
 
 
 def test_polynomial_decay_has_the_published_weights():
     published = [0.001399, 0.005594, 0.013986, 0.027972, 0.048951]
     published += [0.078322, 0.117483, 0.167832, 0.230769, 0.307692]
     assert Polynomial(gamma=3).weights(10) == pytest.approx(published, abs=5e-7)
+
+
+def test_warmup_is_the_schedule_of_two_libraries():
+    """torch_ema: decay min(beta, (1 + n) / (10 + n)); ema-pytorch: clamped 1 - (1 + e / g)^-p."""
+    theirs = [1 - min(0.9, (1 + n) / (10 + n)) for n in range(1, 200)]
+    rule = Warmup(tau=0.1, inv_gamma=9, power=1, ahead=1)
+    assert [rule.gain(k) for k in range(2, 201)] == pytest.approx(theirs, rel=1e-12)
+    theirs = [1 - min(0.99, 1 - (1 + e / 5) ** -0.75) for e in range(1, 200)]
+    rule = Warmup(tau=0.01, inv_gamma=5, power=0.75)
+    assert [rule.gain(k) for k in range(2, 201)] == pytest.approx(theirs, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +189,10 @@ def test_window_lists_the_updates_that_fire(every):
         (lambda: Power(), "either gamma or sigma_rel"),
         (lambda: Window(0, 5), "size must be a whole number"),
         (lambda: Window(5, 0), "every must be a whole number"),
-        (lambda: Hard(0), "at least 1, got 0"),
+        (lambda: Warmup(1.0), r"\[0, 1\), got 1.0"),
+        (lambda: Warmup(0.1, power=2), r"\(0, 1\], got 2"),
+        (lambda: Warmup(0.1, inv_gamma=0.5), "at least 1, got 0.5"),
+        (lambda: Warmup(0.1, ahead=-1), "at least 0, got -1"),
         (lambda: Tail(0.5).gain(3), "record a Timeline"),
     ],
 )
@@ -193,7 +219,7 @@ def test_a_command_line_names_a_rule(text, rule):
 
 
 @pytest.mark.parametrize(
-    "text", ["median", "tail", "tail:x", "ema:tau=0.1,tau=0.2", "hard:every=0"]
+    "text", ["median", "tail", "tail:x", "ema:tau=0.1,tau=0.2", "hard:every=3"]
 )
 def test_a_wrong_rule_on_the_command_line_is_one_sentence(text):
     with pytest.raises(ValueError, match=r"rule|takes|needs|number"):

@@ -8,12 +8,12 @@ from polyak_rl import (
     AverageBank,
     Between,
     Ema,
-    Hard,
     Polynomial,
     Power,
     Tail,
     Timeline,
     Uniform,
+    Warmup,
     Window,
     flatten_,
 )
@@ -30,7 +30,7 @@ EVERY_RULE = [
     Polynomial(gamma=3),
     Power(sigma_rel=0.1),
     Window(size=3, every=11),
-    Hard(every=10),
+    Warmup(tau=0.05, inv_gamma=9, power=1),
 ]
 
 
@@ -218,7 +218,7 @@ def test_it_states_its_bytes_and_refuses_too_many():
 def test_recording_allocates_no_tensor():
     policy = network()
     flatten_(policy)
-    timeline = Timeline(policy)
+    timeline = Timeline(policy, expected=4, capacity=2)  # two segments of two
     timeline.record()
     made = []
 
@@ -227,10 +227,13 @@ def test_recording_allocates_no_tensor():
             made.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    timeline._length = 100
     with Count():
         timeline.record()
-    assert made == ["aten.copy_.default", "aten.add_.Tensor"]
+    assert made == ["aten.copy_.default", "aten.add.out"]
+    made.clear()
+    with Count():
+        timeline.record()  # closes the first segment and begins the second
+    assert made == ["aten.select.int", "aten.div.out", "aten.copy_.default"]
 
 
 @pytest.mark.parametrize(

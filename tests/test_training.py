@@ -97,6 +97,8 @@ class Recorder:
 
 def counting(total_steps, *, agent=DQN_SMALL, envs=None, **kwargs):
     config = TrainConfig("test/Counting-v0", total_steps, eval_every=0, **kwargs)
+    if total_steps <= agent.learning_starts:
+        agent = replace(agent, gradient_steps=0)
     return Training("dqn", agent, config, envs=envs)
 
 
@@ -277,7 +279,7 @@ def test_every_episode_has_a_seed_of_its_own_by_which_it_can_be_played_again():
 
 def test_the_buffer_holds_actions_in_minus_one_to_one_and_the_environment_gets_its_own_range():
     config = TrainConfig("test/Continuous-v0", 200, eval_every=0)
-    training = Training("ddpg", replace(DDPG_SMALL, learning_starts=200), config)
+    training = Training("ddpg", replace(DDPG_SMALL, learning_starts=200, gradient_steps=0), config)
     training.run()
     stored = training.replay.rows[0, :, 2].numpy()
     taken = np.concatenate(training.envs.envs[0].unwrapped.taken)
@@ -413,7 +415,7 @@ def test_discrete_actions_that_do_not_start_at_zero_reach_the_environment():
             self.action_space = spaces.Discrete(3, start=5)
 
     envs = SyncVectorEnv([Shifted], autoreset_mode=AutoresetMode.SAME_STEP)
-    agent = replace(DQN_SMALL, learning_starts=100)
+    agent = replace(DQN_SMALL, learning_starts=100, gradient_steps=0)
     config = TrainConfig("test/Discrete-v0", 100, eval_every=0)
     training = Training("dqn", agent, config, envs=envs)
     training.run()

@@ -30,7 +30,7 @@ try:
     import ray
     from ray.exceptions import RayError
 except ImportError as error:
-    raise ImportError("--ray needs Ray: pip install -c constraints.txt -e '.[ray]'") from error
+    raise ImportError("--ray needs Ray: pip install -c constraints.txt --group ray") from error
 
 RETRIES = 5  # of a job that loses its machine; an error of the job itself is final
 OBJECT_STORE = 100_000_000  # bytes; tasks return nothing
