@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from agents.averaging import PolicyAverages, default_rules
 from agents.checkpoint import Checkpoints, newest, restore
@@ -16,6 +17,7 @@ from agents.presets import preset
 from agents.replay import Upload
 from agents.seeding import Purpose, Streams, ahead
 from agents.training import TrainConfig, Training
+from polyak_rl import AverageBank, TargetNetwork, Timeline, Uniform
 from tests.pretended_cuda import CaptureError, Device, pretend
 
 pytestmark = pytest.mark.cuda
@@ -312,3 +314,18 @@ def test_pretending_leaves_no_trace():
         assert isinstance(device, Device)
         assert torch.tensor([1.0], device="cuda").is_cuda
     assert (torch.cuda.is_available, torch.tensor, torch.Generator) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: TargetNetwork(net, 0.5, every=4).update, "every"),
+        (lambda net: TargetNetwork(net, 0.5, guard="finite").update, "captur"),
+        (lambda net: AverageBank(net, {"mean": Uniform()}).update, "AverageBank.update"),
+        (lambda net: Timeline(net, expected=9).record, "Timeline.record"),
+    ],
+)
+def test_what_counts_on_the_host_is_not_captured(make, message):
+    update = make(nn.Linear(3, 2).cuda())
+    with pytest.raises(RuntimeError, match=message):
+        captured(update)
