@@ -79,6 +79,8 @@ class Learner:
                 target.lag()  # it lies where it will stay, and has its plan
         self._size.fill_(self.replay.size)
         self._due = count
+        if not self.sampling.counted:  # of a round that was broken off: of another size
+            self._left = 0
 
     def step(self) -> dict[str, Tensor]:
         """The next gradient step; tags with values [S, ...] on the device."""

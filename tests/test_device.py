@@ -25,16 +25,21 @@ pytestmark = pytest.mark.cuda
 needs_pretence = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not count")
 
 ENVS = {"dqn": "CartPole-v1", "ddpg": "Pendulum-v1", "td3": "Pendulum-v1", "sac": "Pendulum-v1"}
-SMALL = {"hidden": (16, 16), "batch_size": 16, "learning_starts": 10, "train_every": 1}
+SMALL = {
+    "hidden": (16, 16),
+    "batch_size": 16,
+    "learning_starts": 10,
+    "train_every": 1,
+    "gradient_steps": 1,
+    "target_update_every": 5,
+}
 
 
-def training(algo, seeds=1, steps=1000, device="cuda", compile=True, gradient_steps=1, **options):
-    config = replace(preset(algo, ENVS[algo])[0], **SMALL, gradient_steps=gradient_steps)
-    config = replace(config, target_update_every=5)
-    run = TrainConfig(
-        ENVS[algo], steps, eval_every=0, log_every=50, device=device, compile=compile, **options
-    )
-    return Training(algo, config, run, range(1, seeds + 1))
+def training(algo, seeds=1, steps=1000, agent=None, **options):
+    """A small run on the device, a program unless told otherwise."""
+    config = replace(preset(algo, ENVS[algo])[0], **SMALL | (agent or {}))
+    options = {"device": "cuda", "compile": True, "eval_every": 0, "log_every": 50} | options
+    return Training(algo, config, TrainConfig(ENVS[algo], steps, **options), range(1, seeds + 1))
 
 
 def learning(algo, seeds, **options):
@@ -78,7 +83,7 @@ def test_a_gradient_step_without_a_program_waits_for_nothing(cuda, algo, launche
 @pytest.mark.parametrize("seeds", [1, 20])
 @pytest.mark.parametrize("algo", ENVS)
 def test_an_environment_step_waits_for_its_actions_alone(cuda, algo, seeds):
-    one = training(algo, seeds, gradient_steps=0)
+    one = training(algo, seeds, agent={"gradient_steps": 0})
     while one.step < 20:  # actions are the policy's
         one.advance()
     cuda.clear()
@@ -176,6 +181,17 @@ def test_a_program_takes_a_run_where_single_operations_take_it(algo):
     program.run()
     eager.run()
     assert_same(program, eager)
+
+
+def test_a_program_follows_a_schedule_of_tau():
+    agent = {"tau": 0.5, "tau_end": 0.1}
+    ends = [training("sac", 2, 40, agent, compile=c) for c in (True, False)]
+    for one in ends:
+        one.run()
+    program, eager = map(state_of, ends)
+    for name, x in eager.items():
+        torch.testing.assert_close(program[name], x, rtol=1e-4, atol=1e-5)
+    assert ends[0].agent.targets["critic"].tau.item() == pytest.approx(0.5 - 0.4 * 29 / 30)
 
 
 def test_a_seeds_run_is_the_same_beside_others():

@@ -141,6 +141,18 @@ def test_a_round_is_what_single_steps_are(name):
         assert_same(end, tensors(eager.agent))
 
 
+def test_nothing_is_left_of_a_round_that_was_broken_off():
+    ends = []
+    for program in ({}, {"compiled": True, "build": recorder([])}):
+        learner = learner_of("double dqn", **program)
+        learner.begin(5)
+        learner.step()
+        learner.begin(3)
+        learner.step()
+        ends.append(tensors(learner.agent))
+    assert_same(*ends)
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", INDUCTOR)
 def test_a_compiled_step_is_the_same_to_rounding(name):
