@@ -25,9 +25,8 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from agents.evaluation import Evaluation
 from agents.optimizers import Descent
 from agents.seeding import Streams
 from agents.training import Training
+from agents.versions import versions
 from polyak_rl import PolicyAverages
 from polyak_rl.files import write_whole
 
@@ -148,7 +148,7 @@ class Checkpoints:
         name = f"{number:06d}.pt"
         state = training_state(self.training, self.averages) | {"extra": dict(extra or {})}
         with write_whole(self.folder / name) as file:
-            _save_tensors(state, file)
+            torch.save(state, file)
         sums[name] = _digest(self.folder / name)
         record = {
             "schema": SCHEMA,
@@ -281,17 +281,6 @@ def describe(training: Training, averages: PolicyAverages | None) -> State:
     return plain
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """The versions of what decides a run's bits, the device included."""
-    on_cpu = device.type == "cpu"
-    return {
-        "device": "cpu" if on_cpu else f"{device} ({torch.cuda.get_device_name(device)})",
-        "torch": str(torch.__version__),
-        "gymnasium": gym.__version__,
-        "numpy": np.__version__,
-    }
-
-
 def training_state(training: Training, averages: PolicyAverages | None = None) -> State:
     """All that changes in a training but its replay rows, as tensors and plain values."""
     envs = _own_environments(training)
@@ -357,10 +346,8 @@ def _read_files(path: Path, record: State) -> Checkpoint:
     except Exception as error:  # a file that was made up raises anything
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise _DamagedError(f"{state_file.name} is not a state: {reason}") from error
-    about, training, versions = record["about"], record["training"], record["versions"]
-    return Checkpoint(
-        path.parent, record["number"], about, training, versions, pieces, sha256, state
-    )
+    about, training, then = record["about"], record["training"], record["versions"]
+    return Checkpoint(path.parent, record["number"], about, training, then, pieces, sha256, state)
 
 
 def _piece_name(piece: tuple[int, int]) -> str:
@@ -370,17 +357,6 @@ def _piece_name(piece: tuple[int, int]) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _save_tensors(state: State, file: BinaryIO) -> None:
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:  # torch's writer hides the system's error behind its own
-        raise (
-            error.__context__
-            if isinstance(error.__context__, OSError)
-            else OSError(f"the tensors cannot be written: {error}")
-        ) from error
 
 
 def _parts(agent: Any) -> dict[str, Any]:

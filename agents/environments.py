@@ -165,9 +165,14 @@ def _to_flatten(space: gym.Space[Any]) -> bool:
             return bool(space.is_np_flattenable)
 
 
-def flattened(env: gym.Env[Any, Any]) -> str | None:
-    """The space of observations that `make_env` has flattened; None where it has not."""
-    return str(env.env.observation_space) if isinstance(env, FlattenObservation) else None
+def flattened(envs: VectorEnv[Any, Any, Any]) -> str | None:
+    """A line on observations that `make_env` has flattened in environments made here, if it has."""
+    env = envs.envs[0] if isinstance(envs, SyncVectorEnv) else None
+    inner = env.env if isinstance(env, EpisodeSeeds) else None
+    if not isinstance(inner, FlattenObservation):
+        return None
+    size = inner.observation_space.shape
+    return f"observations flattened: {inner.env.observation_space} to {size}"
 
 
 class EnvironmentFault(RuntimeError):

@@ -182,7 +182,13 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 Deal = dict[str, Floats]  # candidate -> returns in the order in which they are dealt out
 
 
-play = one_by_one(lambda row, episodes: row[episodes.start : episodes.stop])
+def dealt(row: Floats, episodes: range) -> list[float]:
+    """The returns of these episodes."""
+    returns: list[float] = row[episodes.start : episodes.stop].tolist()
+    return returns
+
+
+play = one_by_one(dealt)
 
 
 def affordable(names: Sequence[str], budget: int) -> list[str]:

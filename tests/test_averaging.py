@@ -142,7 +142,8 @@ def test_seeds_trained_together_leave_the_folders_of_seeds_trained_alone(tmp_pat
     [
         (["--seeds", "1..3"], "need --together"),
         (["--seeds", "a..b", "--together"], "must be like 1..20 or 1,5,7, got 'a..b'"),
-        (["--seeds", "5..1", "--together"], "one or more different integers"),
+        (["--seeds", "5..1", "--together"], "must be like 1..20 or 1,5,7, got '5..1'"),
+        (["--together"], "--together needs several seeds, such as --seeds 1..20"),
     ],
 )
 def test_seeds_are_asked_for_plainly(seeds, message, tmp_path, capsys):

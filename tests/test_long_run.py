@@ -61,7 +61,7 @@ def run(path, steps, checks):
     def after_step():
         if training.step % (steps // 20) == 0:
             checkpoints.save()
-            folder.writer.flush()
+            folder.events.flush()
         if training.step in checks:
             events = sum(p.stat().st_size for p in path.rglob("events.out.tfevents.*"))
             seen[training.step] = resident_bytes(), open_files(), events

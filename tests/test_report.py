@@ -118,8 +118,8 @@ def row(text, *starts):
 def test_the_first_lines_say_what_was_found_where_and_how_surely(text):
     _, first, findings, kind, *_ = text.split("\n\n")
     assert first == (
-        "> tail25 (uniform over the last 25 %) against the last iterate, environment by"
-        " environment:"
+        "> tail25 (uniform over the last 25 %) against the last iterate, each environment by"
+        " itself (95 % intervals, not adjusted; the words are):"
     )
     lines = findings.splitlines()
     assert len(lines) == 4
@@ -354,7 +354,7 @@ def test_a_cell_counts_when_all_of_its_runs_have_ended():
     assert study.absent[2, ""] == "19 of 20 runs have ended"
     assert study.absent[3, ""] == "not run"
     assert study.primary() == {}
-    assert {t.without for t in study.secondary() if t.number != 1} == {"cells not run"}
+    assert [t.number for t in study.secondary() if t.in_family] == [1]
     (first,) = (t for t in study.secondary() if t.number == 1)
     assert first.p == first.effect.p  # the only one of the family
 
@@ -374,6 +374,14 @@ def test_the_three_tests_that_choose_are_those_of_the_family():
     assert {tests[n].effect.runs for n in (5, 6, 7)} == {60}
     assert set(ask) == {60}
     assert all(tests[n].p <= 0.05 for n in (5, 6, 7))
+
+
+def test_without_a_replay_the_three_are_named_and_counted():
+    strata = {s.key: s for s in map(registered, CELLS[:3])}
+    tests = Study(strata, []).secondary()
+    assert [test.number for test in tests if not test.computed] == [5, 6, 7]
+    assert [test.number for test in tests if test.in_family] == [1, 2, 3, 5, 6, 7, 9]
+    assert tests[0].p == pytest.approx(6 * tests[0].effect.p)
 
 
 def test_budgets_are_shown_side_by_side(tmp_path):
@@ -558,6 +566,19 @@ def test_a_runs_json_that_is_none_is_refused_in_one_sentence(tmp_path, capsys, s
     assert len(error) < 600
 
 
+@pytest.mark.parametrize("depth", range(860, 1000, 20))
+def test_a_value_too_deep_to_be_shown_is_refused_like_one_too_deep_to_be_read(tmp_path, depth):
+    write(tmp_path / "r.csv", [ONE])
+    nested = "[" * depth + "]" * depth
+    (tmp_path / "runs.json").write_text(f'{{"command": {nested}, "runs": []}}')
+    said = ""
+    try:
+        _, about = read_runs([tmp_path / "r.csv"])
+    except ValueError as error:
+        said = str(error)
+    assert "not a list of runs" in said or about["command"] == nested
+
+
 def test_runs_json_with_other_types_is_read_as_text(tmp_path):
     run = {"run": 1, "env": None, "algo": 3, "seed": 4, "status": "not_run", "seconds": None}
     (tmp_path / "runs.json").write_text(json.dumps([run]))
@@ -582,6 +603,8 @@ def test_missing_columns_and_missing_files_are_named(tmp_path, capsys):
     (tmp_path / "r.csv").write_text("run,env\n1,E\n")
     assert report.main([str(tmp_path)]) == 2
     assert re.search(r"missing \['algo', 'seed', 'scheme'", capsys.readouterr().err)
+    assert report.main([]) == 2
+    assert "give results" in capsys.readouterr().err
     assert report.main([str(tmp_path / "nowhere")]) == 2
     assert "no such" in capsys.readouterr().err
     (tmp_path / "r.csv").unlink()

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from agents.versions import commit
 from scripts.bench_cases.timing import Bench, Case, Goal, Value
-from scripts.experiment.measurement import commit
 
 
 def machine(bench: Bench) -> dict[str, Any]:

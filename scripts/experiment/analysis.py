@@ -52,10 +52,8 @@ class Effect:
         """The estimate with its 95 % t interval; NaN ends where runs are too few."""
         if self.enough:
             return stats.mean_interval(*self.samples, weights=self.weights)
-        weights = self.weights or [1 / len(self.samples)] * len(self.samples)
-        means = [x.mean() if x.size else np.nan for x in self.samples]
         nothing = np.array(np.nan)
-        return Interval(np.asarray(np.dot(weights, means)), nothing, nothing)
+        return Interval(np.asarray(self._sum(np.mean)), nothing, nothing)
 
     @cached_property
     def p(self) -> float:
@@ -68,8 +66,12 @@ class Effect:
     @property
     def iqm(self) -> float:
         """The same sum of interquartile means."""
+        return self._sum(stats.iqm)
+
+    def _sum(self, statistic: Callable[[Floats], Floats]) -> float:
         weights = self.weights or [1 / len(self.samples)] * len(self.samples)
-        return float(np.dot(weights, [stats.iqm(x) for x in self.samples]))
+        values = [float(statistic(x)) if x.size else np.nan for x in self.samples]
+        return float(np.dot(weights, values))
 
     @property
     def counts(self) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import math
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,17 +25,19 @@ from scripts.experiment.tidy import Key, Run, Stratum
 REGISTRATION = Path(__file__).parents[1] / "results" / "registration.md"
 CHOOSE = Path(__file__).parents[2] / "polyak_rl" / "choose.py"
 
-HEADROOM, NULL = (1, 2, 3), (7, 8, 10)  # cells
-PLAIN, DECAY = (1, ""), (5, "lr=decay75")  # cell and variant
-OFTEN, NEVER = (6, "target=hard:32"), (6, "target=none")
-RARELY, SOFT = (6, "target=hard:512"), (6, "target=soft:0.0155")
-PPO = (12, "")
+Place = tuple[int, str]  # of a cell: its number and its variant
+
+HEADROOM: list[Place] = [(1, ""), (2, ""), (3, "")]
+NULL: list[Place] = [(7, ""), (8, ""), (10, "")]
+PLAIN, DECAY, PPO = (1, ""), (5, "lr=decay75"), (12, "")
+TARGETS = [(6, f"target={kind}") for kind in ("hard:32", "none", "hard:512", "soft:0.0155")]
+RATES: dict[Place, float] = {PLAIN: 0.0} | {
+    (cell.number, cell.changes["variant"]): math.log2(cell.changes["agent"]["learning_rate"] / RATE)
+    for cell in CELLS
+    if cell.number == 4
+}
 BUDGET = 60  # episodes, of the tests that choose
 
-NOT_RUN = "cells not run"
-BETTER, SIGNS = ("better", "worse"), ("above 0", "below 0")
-
-Place = tuple[int, str]  # of a cell: its number and its variant
 Rule = Literal["windows", "choose", "checkpoints"]  # of the tests 5, 6 and 7
 Replay = Callable[[Mapping[str, Floats], Rule, int], Floats]  # see `replay.replay`
 
@@ -46,18 +49,23 @@ class Test:
     Attributes:
         number: In the registration.
         about: What is compared with what.
-        effect: None where it could not be computed.
-        without: Why not.
-        p: Holm's; NaN where it is none of those that can reject.
+        effect: None where a cell of it was not run, or where it was not computed.
         words: For more than nothing, and for less.
+        computed: Whether the program can; all but choosing without `polyak_rl.choose`.
+        p: Holm's; NaN where it is none of those that can reject.
     """
 
     number: int
     about: str
     effect: Effect | None
-    without: str = ""
+    words: tuple[str, str] = ("better", "worse")
+    computed: bool = True
     p: float = math.nan
-    words: tuple[str, str] = BETTER
+
+    @property
+    def in_family(self) -> bool:
+        """Whether its cells were run."""
+        return self.effect is not None or not self.computed
 
 
 @dataclass(frozen=True)
@@ -129,9 +137,11 @@ class Study:
         if strata and PPO not in map(place, CELLS):
             self.absent[PPO] = "not run"
 
-    def find(self, *keys: Place) -> list[Stratum] | None:
-        """The strata of the cells, or None where one of them is missing."""
-        return None if any(key not in self.cells for key in keys) else [self.cells[k] for k in keys]
+    def effect(self, build: Callable[..., Effect], *cells: Place) -> Effect | None:
+        """What is made of the strata of these cells; None where one of them is missing."""
+        if any(cell not in self.cells for cell in cells):
+            return None
+        return build(*(self.cells[cell] for cell in cells))
 
     def title(self, key: Place) -> str:
         """As in "cell 4, DQN CartPole-v1 (lr=x2)"."""
@@ -141,10 +151,10 @@ class Study:
 
     def primary(self) -> dict[str, Effect]:
         """The primary test, and under it what is shown beside it without a test."""
-        strata = self.find(*((n, "") for n in HEADROOM))
-        if strata is None:
+        if any(cell not in self.cells for cell in HEADROOM):
             return {}
-        crashed = [self.crashed[n, ""] for n in HEADROOM]
+        strata = [self.cells[cell] for cell in HEADROOM]
+        crashed = [self.crashed[cell] for cell in HEADROOM]
         effects = {"shipped weights: the primary test": gain(*strata)}
         for i, s in enumerate(strata):
             effects[f"the same without {s.name}"] = gain(*strata[:i], *strata[i + 1 :])
@@ -156,93 +166,52 @@ class Study:
     def secondary(self) -> list[Test]:
         """The family of twelve, with Holm's p-values over those that can reject."""
         tests = [*self._tests()]
-        family = [t for t in tests if t.without != NOT_RUN]
-        adjusted = iter(adjust([t.effect for t in family]))
-        return [t if t.without == NOT_RUN else replace(t, p=next(adjusted)) for t in tests]
+        adjusted = iter(adjust([test.effect for test in tests if test.in_family]))
+        return [replace(t, p=next(adjusted)) if t.in_family else t for t in tests]
 
     def _tests(self) -> Iterable[Test]:
-        for number in HEADROOM:
-            one = self.find((number, ""))
-            about = f"tail25 against last, {self.title((number, ''))}"
-            yield Test(number, about, *of(one and gain(*one)))
-        both = self.find(*((n, "") for n in HEADROOM + NULL))
-        weights = (1 / 3,) * 3 + (-1 / 3,) * 3
-        effect = both and gain(*both, weights=weights, by_t=True)
-        yield Test(
-            4, "gain: headroom (cells 1, 2, 3) minus null (7, 8, 10)", *of(effect), words=SIGNS
-        )
-        yield from self._choosing()
-        pair = self.find(PLAIN, DECAY)
-        effect = pair and contrast([(1, pair[1], LAST.name), (-1, pair[0], PRIMARY.name)])
-        yield Test(8, "last with decay (cell 5) against tail25 without (cell 1)", *of(effect))
-        one = self.find((3, ""))
-        effect = one and gain(*one, scheme=TARGET.name, base=PRIMARY.name)
-        yield Test(9, "the target actor against tail25, cell 3", *of(effect))
-        yield Test(10, "gain per doubling of the learning rate", *of(self.slope()), words=SIGNS)
-        effect = pair and contrast([*signed(1, pair[0]), *signed(-1, pair[1])])
-        yield Test(
-            11, "gain without decay (cell 1) minus with it (cell 5)", *of(effect), words=SIGNS
-        )
+        effect, signs = self.effect, ("above 0", "below 0")
+        for cell in HEADROOM:
+            about = f"tail25 against last, {self.title(cell)}"
+            yield Test(cell[0], about, effect(gain, cell))
+        about = "gain: headroom (cells 1, 2, 3) minus null (7, 8, 10)"
+        yield Test(4, about, effect(headroom, *HEADROOM, *NULL), signs)
+        about = "choosing among ten windows on 60 episodes against always tail25, cells 1 to 3"
+        yield self._choosing(5, about, "windows")
+        about = "polyak_rl.choose among all on 60 episodes against always tail25, cells 1 to 3"
+        yield self._choosing(6, about, "choose")
+        about = "the same against the best of last and five checkpoints on 60 episodes"
+        yield self._choosing(7, about, "choose", "checkpoints")
+        about = "last with decay (cell 5) against tail25 without (cell 1)"
+        yield Test(8, about, effect(decayed, DECAY, PLAIN))
+        yield Test(9, "the target actor against tail25, cell 3", effect(deployed, HEADROOM[2]))
+        yield Test(10, "gain per doubling of the learning rate", effect(slope, *RATES), signs)
+        about = "gain without decay (cell 1) minus with it (cell 5)"
+        yield Test(11, about, effect(gains, PLAIN, DECAY), signs)
         about = "gain at hard 32 and none minus hard 512 and soft"
-        yield Test(12, about, *of(self.targets()), words=SIGNS)
+        yield Test(12, about, effect(targets, *TARGETS), signs)
 
-    def slope(self) -> Effect | None:
-        """The mean over seeds of the slope of the gain on log2 of the learning rate."""
-        rates = {
-            (cell.number, cell.changes["variant"]): math.log2(
-                cell.changes["agent"]["learning_rate"] / RATE
-            )
-            for cell in CELLS
-            if cell.number == 4
-        } | {PLAIN: 0.0}
-        strata = self.find(*rates)
-        if strata is None:
-            return None
-        x = np.array([*rates.values()]) - np.mean([*rates.values()])
-        terms = zip(x / (x @ x), strata, strict=True)
-        return contrast([term for weight, s in terms for term in signed(weight, s)])
+    def _choosing(self, number: int, about: str, rule: Rule, rival: Rule | None = None) -> Test:
+        def build(*strata: Stratum) -> Effect:
+            worth = self.chosen(rule, BUDGET)
+            if rival:
+                rivals = self.chosen(rival, BUDGET)
+                worth = [a - b for a, b in zip(worth, rivals, strict=True)]
+            return Effect(tuple(map(present, worth)), margin=margin(*strata))
 
-    def targets(self) -> Effect | None:
-        """The mean gain where targets were predicted to need averaging minus where not."""
-        strata = self.find(OFTEN, NEVER, RARELY, SOFT)
-        if strata is None:
-            return None
-        terms = zip((0.5, 0.5, -0.5, -0.5), strata, strict=True)
-        return contrast([term for weight, s in terms for term in signed(weight, s)])
-
-    def _choosing(self) -> Iterable[Test]:
-        abouts = {
-            5: "choosing among ten windows on 60 episodes against always tail25, cells 1 to 3",
-            6: "polyak_rl.choose among all on 60 episodes against always tail25, cells 1 to 3",
-            7: "the same against the best of last and five checkpoints on 60 episodes",
-        }
-        for number, about in abouts.items():
-            strata = self.find(*((n, "") for n in HEADROOM))
-            if strata is None:
-                yield Test(number, about, None, NOT_RUN)
-            elif self.replay is None:
-                yield Test(number, about, None, "not computed")
-            else:
-                rules: tuple[Rule, ...] = ("windows", "choose", "choose")
-                worth = self.chosen(rules[number - 5], BUDGET)
-                if number == 7:
-                    pairs = zip(worth, self.chosen("checkpoints", BUDGET), strict=True)
-                    worth = [a - b for a, b in pairs]
-                yield Test(
-                    number, about, Effect(tuple(map(present, worth)), margin=margin(*strata))
-                )
+        if self.replay is None and self.primary():
+            return Test(number, about, None, computed=False)
+        return Test(number, about, self.effect(build, *HEADROOM))
 
     def chosen(self, rule: Rule, budget: int) -> list[Floats]:
         """What a rule of choice is worth over always tail25 in cells 1 to 3, normalised."""
-        if (rule, budget) in self._chosen:
-            return self._chosen[rule, budget]
-        strata = self.find(*((n, "") for n in HEADROOM))
-        if strata is None or self.replay is None:
+        if self.replay is None or any(cell not in self.cells for cell in HEADROOM):
             return []
-        self._chosen[rule, budget] = [
-            self.replay({name: s.normalise(x) for name, x in s.final.items()}, rule, budget)
-            for s in strata
-        ]
+        if (rule, budget) not in self._chosen:
+            self._chosen[rule, budget] = [
+                self.replay({name: s.normalise(x) for name, x in s.final.items()}, rule, budget)
+                for s in (self.cells[cell] for cell in HEADROOM)
+            ]
         return self._chosen[rule, budget]
 
     def predictions(self) -> list[Prediction]:
@@ -265,32 +234,53 @@ class Study:
             (11, ""): (0, 0.05),
             PPO: (0, 0.05),
         }
-        for key, (low, high) in said.items():
-            one = self.find(key)
-            yield Prediction(
-                f"tail25 - last, {self.title(key)}", low, high, of(one and gain(*one))[0]
-            )
-        one = self.find((3, ""))
-        effect = one and gain(*one, scheme=TARGET.name)
-        yield Prediction("target actor - last, cell 3", 0, 0, of(effect)[0])
-        yield Prediction(
-            "gain per doubling of the learning rate, cells 1 and 4", 0, math.inf, self.slope()
-        )
-        pair = self.find(PLAIN, DECAY)
-        effect = pair and contrast([(1, pair[1], LAST.name), (-1, pair[0], PRIMARY.name)])
-        yield Prediction("last with decay (cell 5) - tail25 without (cell 1)", 0, 0, of(effect)[0])
+        for cell, (low, high) in said.items():
+            about = f"tail25 - last, {self.title(cell)}"
+            yield Prediction(about, low, high, self.effect(gain, cell))
+        on_target = self.effect(partial(gain, scheme=TARGET.name), HEADROOM[2])
+        yield Prediction("target actor - last, cell 3", 0, 0, on_target)
+        about = "gain per doubling of the learning rate, cells 1 and 4"
+        yield Prediction(about, 0, math.inf, self.effect(slope, *RATES))
+        about = "last with decay (cell 5) - tail25 without (cell 1)"
+        yield Prediction(about, 0, 0, self.effect(decayed, DECAY, PLAIN))
         about = "gain at hard 32 and none minus hard 512 and soft, cell 6"
-        yield Prediction(about, 0, math.inf, self.targets())
+        yield Prediction(about, 0, math.inf, self.effect(targets, *TARGETS))
 
 
-def of(effect: "Effect | list[Stratum] | None") -> tuple[Effect | None, str]:
-    """An effect, or why there is none."""
-    return (effect, "") if isinstance(effect, Effect) else (None, NOT_RUN)
+def headroom(*strata: Stratum) -> Effect:
+    """The mean gain of the first half of the strata minus that of the second."""
+    share = 2 / len(strata)
+    half = (share,) * (len(strata) // 2)
+    return gain(*strata, weights=half + tuple(-w for w in half), by_t=True)
 
 
-def signed(weight: float, s: Stratum) -> list[tuple[float, Stratum, str]]:
-    """The terms of so much of a stratum's gain."""
-    return [(weight, s, PRIMARY.name), (-weight, s, LAST.name)]
+def decayed(decay: Stratum, plain: Stratum) -> Effect:
+    """Last where the learning rate decays minus tail25 where it does not."""
+    return contrast([(1, decay, LAST.name), (-1, plain, PRIMARY.name)])
+
+
+def deployed(s: Stratum) -> Effect:
+    """The target actor minus tail25."""
+    return gain(s, scheme=TARGET.name, base=PRIMARY.name)
+
+
+def gains(*strata: Stratum, weights: Sequence[float] = (1, -1)) -> Effect:
+    """A weighted sum of gains, paired by training seed."""
+    terms = zip(weights, strata, strict=True)
+    return contrast([
+        term for w, s in terms for term in ((w, s, PRIMARY.name), (-w, s, LAST.name))
+    ])  # fmt: skip
+
+
+def slope(*strata: Stratum) -> Effect:
+    """The mean over seeds of the slope of the gain on log2 of the learning rate."""
+    x = np.array([*RATES.values()]) - np.mean([*RATES.values()])
+    return gains(*strata, weights=x / (x @ x))
+
+
+def targets(*strata: Stratum) -> Effect:
+    """The mean gain where targets were predicted to leave most room minus where not."""
+    return gains(*strata, weights=(0.5, 0.5, -0.5, -0.5))
 
 
 def stratum_key(cell: Cell) -> Key:

@@ -162,7 +162,7 @@ class Report:
         primary = study.primary()
         if primary:
             effect = next(iter(primary.values()))
-            names = listing([plain(study.cells[n, ""].name) for n in HEADROOM])
+            names = listing([plain(study.cells[cell].name) for cell in HEADROOM])
             page.finding(
                 "Shipping the average of the last quarter of the run (tail25) in place of the last"
                 f" iterate: **{says(effect, effect.p)}**, {interval(effect.interval)} in normalised"
@@ -234,7 +234,7 @@ class Report:
         for test in self.study.secondary():
             row = [f"{test.number}: {plain(test.about)}"]
             if (effect := test.effect) is None:
-                row += [test.without, "", "", "", "", ""]
+                row += ["cells not run" if test.computed else "not computed", *[""] * 5]
             else:
                 row += [says(effect, test.p, *test.words), p_value(effect.p), p_value(test.p)]
                 row += [str(effect.runs), interval(effect.interval), counts(effect)]
@@ -329,8 +329,8 @@ class Report:
         ]
         if lines:
             page.finding(
-                f"{plain(scheme)} ({plain(label(scheme))}) against the last iterate, environment by"
-                " environment:"
+                f"{plain(scheme)} ({plain(label(scheme))}) against the last iterate, each"
+                " environment by itself (95 % intervals, not adjusted; the words are):"
             )
             page.bullets(lines)
         page.text("Exploratory: no test of these runs was registered before them.")

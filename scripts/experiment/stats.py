@@ -78,14 +78,13 @@ def _welch(
     strata: Sequence[ArrayLike], weights: Sequence[float] | None
 ) -> tuple[Floats, Floats, Floats]:
     """The weighted sum of means, its standard error, and Satterthwaite's degrees of freedom."""
-    weights = _weighed(strata, weights)
     arrays = [_runs(x, 2) for x in strata]
-    each = zip(weights, arrays, strict=True)
-    centre = np.asarray(sum(w * x.mean(axis=-1) for w, x in each))
-    each = zip(weights, arrays, strict=True)
-    parts = np.array([w**2 * x.var(axis=-1, ddof=1) / x.shape[-1] for w, x in each])
-    variance = parts.sum(axis=0)
-    squares = sum(v**2 / (x.shape[-1] - 1) for v, x in zip(parts, arrays, strict=True))
+    w = np.array(_weighed(strata, weights))
+    n = np.array([x.shape[-1] for x in arrays])
+    centre = np.tensordot(w, [x.mean(axis=-1) for x in arrays], 1)
+    spread = np.array([x.var(axis=-1, ddof=1) for x in arrays])  # [strata, ...]
+    variance = np.tensordot(w**2 / n, spread, 1)
+    squares = np.tensordot(w**4 / (n**2 * (n - 1)), spread**2, 1)
     # With no spread at all the interval is the point, whatever df.
     df = np.where(variance > 0, variance**2 / np.where(squares > 0, squares, 1), 1)
     return centre, np.sqrt(variance), df

@@ -5,7 +5,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -104,6 +104,11 @@ class Stratum:
         algo = self.algo.upper() if len(self.algo) <= 5 else self.algo
         return f"{algo} {self.env}" + (f" ({self.variant})" if self.variant else "")
 
+    @property
+    def share(self) -> Floats:
+        """How much of the run lies before each evaluation, [P]."""
+        return np.asarray(self.steps / max(1.0, self.steps[-1]))
+
     def normalise(self, score: Floats) -> Floats:
         """(score - random) / (reference - random), or the score where these are not known."""
         random, reference = self.scale or (0.0, 1.0)
@@ -136,7 +141,7 @@ class Stratum:
 
     def late(self, scheme: str, *beside: str) -> Floats:
         """The normalised mean over the points from `LATE` of the run on, [N]; NaN as above."""
-        points = self.curve(scheme)[:, self.steps / self.steps[-1] >= LATE - 1e-9]
+        points = self.curve(scheme)[:, self.share >= LATE - 1e-9]
         points[:, -1] = self.shipped(scheme, *beside)
         return np.asarray(points.mean(axis=1))
 
@@ -149,8 +154,7 @@ class Stratum:
 
         It lies before every endpoint, so that what it predicts is not made of the same numbers.
         """
-        share = self.steps / self.steps[-1]
-        before = self.curve(scheme)[:, (share > 0.5) & (share <= 0.75)]
+        before = self.curve(scheme)[:, (self.share > 0.5) & (self.share <= 0.75)]
         if before.shape[1] < 2:
             return np.full(len(self.runs), np.nan)
         return np.asarray(before.std(axis=1, ddof=1))
@@ -162,7 +166,7 @@ def each(rows: Floats, statistic: Callable[[Floats], Floats]) -> Floats:
     return np.array([statistic(part) if part.size else np.nan for part in parts])
 
 
-def result_files(paths: Iterable[Path]) -> list[Path]:
+def result_files(paths: Sequence[Path]) -> list[Path]:
     """The CSV files named, and those in the folders named, at any depth."""
     files: list[Path] = []
     for path in paths:
@@ -170,6 +174,8 @@ def result_files(paths: Iterable[Path]) -> list[Path]:
             raise ValueError(f"results must be a CSV file or a folder of them, got {path}: no such")
         found = [path] if path.is_file() else [*path.rglob("*.csv"), *path.rglob("*.csv.gz")]
         files += sorted(f for f in found if not f.name.startswith("runs.csv"))
+    if not paths:
+        raise ValueError("give results: CSV files, or folders of them")
     if not files:
         raise ValueError(f"expected .csv or .csv.gz files, found none in {[*map(str, paths)]}")
     return list(dict.fromkeys(files))
@@ -283,7 +289,8 @@ def read_runs(files: Iterable[Path]) -> tuple[list[Run], dict[str, Any]]:
             if (path := folder / "runs.json").exists():
                 said = json.loads(path.read_text(encoding="utf-8"))
                 if isinstance(said, dict):
-                    about |= {key: value for key, value in said.items() if key != "runs"}
+                    scores = {"scores": said["scores"]} if "scores" in said else {}
+                    about |= {key: str(said[key]) for key in said if key != "runs"} | scores
                     said = said.get("runs", [])
                 entries += said
             if (path := folder / "runs.csv").exists():
