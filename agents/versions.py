@@ -10,10 +10,12 @@ import torch
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "ale-py")
 
 
-def versions() -> dict[str, str]:
-    """The packages that compute, how the CPU is used, and this program, by name."""
+def versions(device: torch.device | str = "cpu") -> dict[str, str]:
+    """The packages that compute, where and how they do, and this program, by name."""
     found = {name: _version(name) for name in PACKAGES}
+    on_gpu = torch.device(device).type == "cuda"
     return found | {
+        "device": f"{device} ({torch.cuda.get_device_name(device)})" if on_gpu else str(device),
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "this program": commit() or _version("polyak-rl"),

@@ -71,9 +71,7 @@ def filled(
 
 def learn(training: Training, count: int = 1) -> None:
     """Gradient steps as the training loop takes them, sampling included."""
-    batch_size = training.agent.config.batch_size
-    for batch in training.replay.batches(batch_size, training.sampling, count):
-        training.gradient_step(batch)
+    training.learn(count)
 
 
 def advance(training: Training, env_steps: int) -> None:

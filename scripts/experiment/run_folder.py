@@ -138,7 +138,7 @@ class RunFolder:
             "seed": seed,
             "run": dataclasses.asdict(config),
             "agent": dataclasses.asdict(agent_config),
-            "versions": versions(),
+            "versions": versions(config.device),
         }
         self.hyperparameters = {"algo": algo, "seed": seed} | record["run"] | record["agent"]
         if resume_at is None or not _is_json(path / "config.json"):
