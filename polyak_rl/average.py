@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from polyak_rl.vector import (
     check_clock,
     check_vectors,
     damage_is_a_value_error,
+    twin,
 )
 
 _BLOCK = 32  # iterates that are taken in by one matrix product
@@ -223,12 +224,12 @@ class AverageBank(Averages[str]):
             ValueError: it is no such state, or one of other rules, cadence, precision, names or
                 shapes; nothing has changed.
         """
-        self._check(state)()
+        vars(self).update(self._loaded(state))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _check(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        """What loads a state that was found to be right."""
+    def _loaded(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The attributes of this bank with a state that was found to be right."""
         with damage_is_a_value_error("bank"):
             if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
                 raise ValueError(f"this is not a bank of format {_FORMAT!r}")
@@ -261,25 +262,24 @@ class AverageBank(Averages[str]):
                 ring = check_vectors(state["rings"], name, shape)
                 rings[name] = self._vector.from_layout(layout, ring)
 
-        def load() -> None:
-            self._allocate()
-            self._kept.now.copy_(loaded["averages"])
-            self._kept = self._kept._replace(taken=k - len(loaded["waiting"]))
-            self.clock, self.skipped = self._kept.taken * self.every, skipped
-            for j, row in enumerate(loaded["waiting"], self._kept.taken + 1):
-                at = (j - 1) % len(self._rows)
-                if at == 0:
-                    self._take_in()
-                self._rows[at].copy_(row)
-                self.clock = j * self.every
-            self._rows[(k - 1) % len(self._rows)].copy_(loaded["last"])
-            for name, window in self._windows.items():
-                fired = self._fired(window, k)
-                for i, row in enumerate(rings[name], fired - len(rings[name])):
-                    self._rings[name][i % len(self._rings[name])].copy_(row)
-            self.clock = clock
-
-        return torch.inference_mode(False)(torch.no_grad()(load))
+        new = twin(self)
+        new._allocate()
+        new._kept.now.copy_(loaded["averages"])
+        new._kept = new._kept._replace(taken=k - len(loaded["waiting"]))
+        new.clock, new.skipped = new._kept.taken * self.every, skipped
+        for j, row in enumerate(loaded["waiting"], new._kept.taken + 1):
+            at = (j - 1) % len(new._rows)
+            if at == 0:
+                new._take_in()
+            new._rows[at].copy_(row)
+            new.clock = j * self.every
+        new._rows[(k - 1) % len(new._rows)].copy_(loaded["last"])
+        for name, window in self._windows.items():
+            fired = self._fired(window, k)
+            for i, row in enumerate(rings[name], fired - len(rings[name])):
+                new._rings[name][i % len(new._rings[name])].copy_(row)
+        new.clock = clock
+        return vars(new)
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of the rows, which a pickle would part from them, are made anew.

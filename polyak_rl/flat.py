@@ -250,8 +250,9 @@ def flatten_(module: nn.Module, *, members: int | None = None) -> Flat:
 
     Raises:
         ValueError: no parameters; one is on the meta device, sparse, sharded (DTensor), not
-            initialised or not the leaf of its graph; two share memory without being one Parameter;
-            or a first dimension is not ``members``. Nothing has been moved.
+            initialised, made in inference mode or not the leaf of its graph; two share memory
+            without being one Parameter; or a first dimension is not ``members``. Nothing has been
+            moved.
 
     Example:
         >>> import torch
@@ -369,6 +370,8 @@ def _check(entry: Entry, members: int | None) -> None:
         why = "is on the meta device and has no values"
     elif tensor.layout != torch.strided:
         why = f"must be dense, got layout {tensor.layout}"
+    elif tensor.is_inference():
+        why = "was made in inference mode and can never be trained"
     elif not tensor.is_leaf:
         why = "is computed from other tensors, not a leaf"
     elif members is not None and (tensor.dim() == 0 or tensor.shape[0] != members):

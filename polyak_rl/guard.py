@@ -50,9 +50,22 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return math.isfinite(total) or all(bool(tensor.isfinite().all()) for tensor in floats)
 
 
+try:
+    torch.cuda.is_current_stream_capturing()
+    _without_cuda = None
+except RuntimeError:
+    _without_cuda = torch.cuda.is_current_stream_capturing
+
+
+def is_capturing() -> bool:
+    """True while the current CUDA stream records a graph: what Python does is not in it."""
+    ask = torch.cuda.is_current_stream_capturing
+    return ask is not _without_cuda and ask()
+
+
 def refuse_capture(what: str, instead: str) -> None:
     """Raise RuntimeError while a CUDA graph is captured, which would record nothing of a clock."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+    if is_capturing():
         raise RuntimeError(
             f"{what} cannot be captured in a CUDA graph: its clock moves on the host, and a replay "
             f"would not advance it. {instead}"

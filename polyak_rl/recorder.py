@@ -156,6 +156,7 @@ class PolicyAverages(Averages["str | Rule"]):
             return True
         return keeper.weight_error(self._rule(which)) <= keeper.max_weight_error
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def vector(self, which: str | Rule) -> Tensor:
         """One average as a vector in the layout of the network.
@@ -175,6 +176,7 @@ class PolicyAverages(Averages["str | Rule"]):
             return keeper.vector(which)
         return keeper.vector(self._rule(which))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def last(self) -> dict[str, Tensor]:
         """The network as it is: copies of its averaged tensors by name, in their own precision."""
@@ -222,15 +224,14 @@ class PolicyAverages(Averages["str | Rule"]):
                         f"the saved averages differ in {what}: {state[what]} there, {ours} here"
                     )
             parts = [state[what] for what in ("bank", "timeline") if state[what] is not None]
-            loads = [
-                keeper._check(part) for keeper, part in zip(self._keepers(), parts, strict=True)
-            ]
+            keepers = self._keepers()
+            loaded = [k._loaded(part) for k, part in zip(keepers, parts, strict=True)]
             if len({(part["clock"], part["skipped"]) for part in parts}) > 1:
                 raise ValueError(
                     "the saved averages are damaged: bank and timeline differ in clock"
                 )
-        for load in loads:
-            load()
+        # One call of C: an interrupt is served before or after all of it, never in between.
+        [*map(dict.update, map(vars, keepers), loaded)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the averages to a file of tensors and plain values: all of it or nothing."""

@@ -100,6 +100,8 @@ def acting_network(model: BaseAlgorithm) -> tuple[nn.Module, Optimizer]:
 # Not an attribute of the model, which model.save() would pickle. Nothing in PolicyAverages refers
 # to the model, so that it can be collected.
 _averages: weakref.WeakKeyDictionary[BaseAlgorithm, PolicyAverages] = weakref.WeakKeyDictionary()
+# When the learn() began that last kept them.
+_learns: weakref.WeakKeyDictionary[BaseAlgorithm, float] = weakref.WeakKeyDictionary()
 
 
 def averages_of(model: BaseAlgorithm) -> PolicyAverages:
@@ -212,7 +214,7 @@ class PolyakAveragingCallback(BaseCallback):
                 "this callback keeps the averages of another model: make a new "
                 "PolyakAveragingCallback, or read saved averages with its load()"
             )
-        _averages[self.model] = self.averages
+        _averages[self.model], _learns[self.model] = self.averages, self.model.start_time
 
     def _on_training_start(self) -> None:
         self._unhook()  # a learn() that was interrupted has left it
@@ -298,11 +300,12 @@ class AveragedEvalCallback(EvalCallback):
     def _on_training_start(self) -> None:
         super()._on_training_start()
         averages_of(self.model)  # an error now rather than at the first evaluation
-        if _takes_masks(self.model) and not self.eval_env.has_attr("action_masks"):
+        if _learns.get(self.model) != self.model.start_time:
             raise ValueError(
-                f"{type(self.model).__name__} acts by masks: eval_env needs the method "
-                "action_masks(), as sb3-contrib's ActionMasker adds it"
+                "the averages of this model stand still in this learn(): give it a "
+                "PolyakAveragingCallback too"
             )
+        _require_masks(self.model, self.eval_env)
         if self.seed is None:
             entropy = None if self.model.seed is None else (_EVALUATION, self.model.seed)
             self.seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
@@ -376,6 +379,14 @@ class AveragedEvalCallback(EvalCallback):
 
 def _takes_masks(model: BaseAlgorithm) -> bool:
     return "action_masks" in inspect.signature(model.predict).parameters
+
+
+def _require_masks(model: BaseAlgorithm, env: VecEnv) -> None:
+    if _takes_masks(model) and not env.has_attr("action_masks"):
+        raise ValueError(
+            f"{type(model).__name__} acts by masks: the environment to evaluate in needs the "
+            "method action_masks(), as sb3-contrib's ActionMasker adds it"
+        )
 
 
 @contextmanager
@@ -476,7 +487,8 @@ def ship(
 
     Raises:
         ValueError: the model has no averages or no timeline, the environments are wrapped
-            differently, or what :func:`polyak_rl.choose` refuses.
+            differently, a model that acts by masks gets none from ``env``, or what
+            :func:`polyak_rl.choose` refuses.
 
     Example:
         >>> from stable_baselines3 import PPO
@@ -496,6 +508,7 @@ def ship(
         name: rule for name, rule in rules.items() if averages.ready(rule)
     }
     venv = model._wrap_env(env, monitor_wrapper=True)
+    _require_masks(model, venv)
     _share_statistics(model, venv)
     entropy = (_SHIPPING, model.seed or 0)
     first = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)  # room to count on
@@ -524,7 +537,10 @@ def _share_statistics(model: BaseAlgorithm, env: VecEnv) -> None:
         one, other = ("that of training", "env") if trained else ("env", "that of training")
         raise ValueError(f"{one} is a VecNormalize and {other} is none: wrap both alike")
     if normalizer is not None and trained is not None:
-        sync_envs_normalization(trained, env)
+        try:
+            sync_envs_normalization(trained, env)
+        except AssertionError as error:
+            raise ValueError(f"wrap env as the environment of training is: {error}") from error
         normalizer.training = normalizer.norm_reward = False
 
 

@@ -26,7 +26,7 @@ def require_online(what: str, tensors: Iterable[Tensor]) -> None:
         raise RuntimeError(
             f"{what} inside applied(): the network holds an average there, and its own weights "
             "come back at the end of the block. The average is had without it by average(name) and "
-            "module(name)"
+            "module(name), and as a model of Stable-Baselines3 by save_averaged()"
         )
 
 
@@ -89,9 +89,9 @@ class Swap:
                 if heir is None:
                     with _mode_of([tensor]):
                         shard_of(tensor).detach().copy_(self._own[i])
-        swaps.remove(self)
-        if not swaps:
+        if len(swaps) == 1:
             _guard(on=False)
+        swaps.remove(self)  # last, so that what an interrupt left undone is done again
         if overtaken:
             raise RuntimeError(
                 "applied() blocks must be left in the reverse order of entering: the network still "

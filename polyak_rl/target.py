@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers, keeps
 from polyak_rl.flat import flatten_like_, lasting
-from polyak_rl.guard import Guard, all_finite, check_guard
+from polyak_rl.guard import Guard, all_finite, check_guard, is_capturing
 from polyak_rl.pairing import (
     Beside,
     Network,
@@ -35,7 +35,7 @@ from polyak_rl.pairing import (
     walk,
 )
 from polyak_rl.rules import require_int
-from polyak_rl.update import Call, Plan, Tau, Terms, check_tau, is_capturing, terms_of
+from polyak_rl.update import Call, Plan, Tau, Terms, check_tau, terms_of
 
 
 def soft_update(
@@ -123,6 +123,7 @@ def hard_update(target: Network, online: Network, *, buffers: Buffers = "copy") 
     soft_update(target, online, 1.0, buffers=buffers)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def weighted_average(
     networks: Iterable[nn.Module | Mapping[str, Tensor]], weights: Iterable[float]
@@ -137,9 +138,9 @@ def weighted_average(
             an average, ``[1, -1]`` a difference.
 
     Returns:
-        New tensors with the names, dtypes and device of the first network, summed in float64, ready
-        for ``load_state_dict``: non-persistent buffers of modules are left out. Integer and boolean
-        tensors are copies of the first network's.
+        New contiguous tensors with the names, dtypes and device of the first network, summed in
+        float64, ready for ``load_state_dict`` and safetensors: non-persistent buffers of modules
+        are left out. Integer and boolean tensors are copies of the first network's.
 
     Raises:
         ValueError: no network, not as many weights as networks, a weight that is not finite, or
@@ -167,13 +168,13 @@ def weighted_average(
     average = {}
     for i, (name, tensor) in enumerate(first.items()):
         if not tensor.is_floating_point() and not tensor.is_complex():
-            average[name] = tensor.detach().clone()
+            average[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
             continue
         exact = torch.complex128 if tensor.is_complex() else torch.float64
         total = tensor.detach().to(exact) * weights[0]
         for other, weight in zip(others, weights[1:], strict=True):
             total += other[i].detach().to(exact) * weight
-        average[name] = total.to(tensor.dtype)
+        average[name] = total.to(tensor.dtype).contiguous()
     return average
 
 
@@ -400,7 +401,9 @@ class TargetNetwork(nn.Module):
         Raises:
             ValueError: the parameters have no such leading dimension in common.
         """
-        pairs = [pair for pair in self._current_plan().pairs if not pair.is_buffer]
+        plan = self._current_plan()
+        plan.require_online("TargetNetwork.lag()")
+        pairs = [pair for pair in plan.pairs if not pair.is_buffer]
         leading = {pair.target.shape[:1] for pair in pairs}
         if members and (len(leading) != 1 or torch.Size() in leading):
             raise ValueError("lag(members=True) needs one leading dimension in all parameters")
@@ -428,6 +431,10 @@ class TargetNetwork(nn.Module):
         Raises:
             ValueError: names, shapes, the clock or the masters are not those of this target.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                f"a state is a mapping of name to tensor, got {type(state_dict).__name__}"
+            )
         ours = {name for name in self.state_dict() if not name.startswith("masters.")}
         theirs = {name for name in _current_state(state_dict) if not name.startswith("masters.")}
         if strict and ours != theirs:
@@ -454,14 +461,7 @@ class TargetNetwork(nn.Module):
         masters = {k[len("masters.") :]: x for k, x in mine.items() if k.startswith("masters.")}
         _check_masters(masters, self._current_plan().masters)
         for entry in walk(self.module, "module."):
-            saved = mine.get(entry.name, entry.tensor)
-            if not isinstance(saved, Tensor):
-                raise ValueError(f"{entry.name!r} must be a tensor, got {type(saved).__name__}")
-            if saved.shape != entry.tensor.shape:
-                raise ValueError(
-                    f"{entry.name!r} must have the shape {tuple(entry.tensor.shape)}, got "
-                    f"{tuple(saved.shape)}"
-                )
+            _check_saved(entry.name, mine.get(entry.name, entry.tensor), entry.tensor)
         counts = {name: _check_count(name, mine.get(name, 0)) for name in ("clock", "skipped")}
         found[0].extend(prefix + name for name in counts if name not in mine)
         left = {k: x for k, x in state_dict.items() if k.startswith(prefix + "module.")}
@@ -626,9 +626,22 @@ def _check_count(name: str, value: object) -> int:
 
 
 def _check_masters(masters: Mapping[str, Any], ours: Mapping[str, Tensor]) -> None:
+    if masters and masters.keys() != ours.keys():
+        raise ValueError(f"the saved masters {[*masters]} do not fit this target's {[*ours]}")
     for name, master in masters.items():
-        if not isinstance(master, Tensor) or not master.is_floating_point():
-            raise ValueError(f"master {name!r} must be a floating-point tensor, got {master!r}")
-    shapes, our_shapes = ({n: tuple(m.shape) for n, m in x.items()} for x in (masters, ours))
-    if shapes and shapes != our_shapes:
-        raise ValueError(f"the saved masters {shapes} do not fit this target's {our_shapes}")
+        _check_saved(f"masters.{name}", master, ours[name])
+
+
+def _check_saved(name: str, saved: object, ours: Tensor) -> None:
+    if not isinstance(saved, Tensor):
+        raise ValueError(f"{name!r} must be a tensor, got {type(saved).__name__}")
+    castable = saved.is_complex() == ours.is_complex()
+    if saved.layout is not torch.strided or saved.is_meta or not castable:
+        raise ValueError(
+            f"{name!r} must be dense and {ours.dtype}, or what can be cast to that, got "
+            f"{saved.layout} {saved.dtype} on {saved.device}"
+        )
+    if saved.shape != ours.shape:
+        raise ValueError(
+            f"{name!r} must have the shape {tuple(ours.shape)}, got {tuple(saved.shape)}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from polyak_rl.vector import (
     check_clock,
     check_vectors,
     damage_is_a_value_error,
+    twin,
 )
 
 _FORMAT = "polyak_rl.timeline/1"
@@ -266,12 +267,12 @@ class Timeline(Averages[Rule]):
             ValueError: it is no such state, or one of another format, capacity, cadence, names or
                 shapes; nothing has changed.
         """
-        self._check(state)()
+        vars(self).update(self._loaded(state))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _check(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        """What loads a state that was found to be right."""
+    def _loaded(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The attributes of this timeline with a state that was found to be right."""
         with damage_is_a_value_error("timeline"):
             if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
                 raise ValueError(f"this is not a timeline of format {_FORMAT!r}")
@@ -295,15 +296,14 @@ class Timeline(Averages[Rule]):
                 for key, shape in (("means", [len(ends)]), ("sum", []))
             )
 
-        def load() -> None:
-            self._allocate()
-            self._closed = self._close_at(ends, length, start)
-            for row, mean in zip(self._rows(), means, strict=True):
-                self._means[row] = mean
-            self._sums[clock // self.every % 2][0].copy_(total)
-            self.clock, self.skipped = clock, skipped
-
-        return torch.inference_mode(False)(torch.no_grad()(load))
+        new = twin(self)
+        new._allocate()
+        new._closed = self._close_at(ends, length, start)
+        for row, mean in zip(new._rows(), means, strict=True):
+            new._means[row] = mean
+        new._sums[clock // self.every % 2][0].copy_(total)
+        new.clock, new.skipped = clock, skipped
+        return vars(new)
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of the sums, which a pickle would part from them, are made anew.

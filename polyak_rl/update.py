@@ -100,7 +100,7 @@ class Plan:
         return [partial(torch._foreach_copy_, *self._copied)] if self._copied[0] else []
 
     def _run(self, calls: list[Call], last: tuple[Call, ...] = ()) -> None:
-        self._require_online()
+        self.require_online("updating a target network")
         if self._traced:
             for one in (*calls, *last):
                 one()
@@ -112,10 +112,11 @@ class Plan:
         for group in self._with_masters:
             group.remember_writes()
 
-    def _require_online(self) -> None:
+    def require_online(self, what: str) -> None:
+        """Raise RuntimeError where one of the networks holds an average."""
         if swaps:  # almost never: this must cost nothing
             both = [tensor for pair in self.pairs for tensor in (pair.target, pair.online)]
-            require_online("updating a target network", both)
+            require_online(what, both)
 
     @property
     def masters(self) -> dict[str, Tensor]:
@@ -256,16 +257,3 @@ def _check_number(tau: float) -> float:
     if isinstance(tau, bool) or not isinstance(tau, Real) or not 0 <= tau <= 1:
         raise ValueError(f"tau must be in [0, 1], got {tau!r}")
     return float(tau)
-
-
-try:
-    torch.cuda.is_current_stream_capturing()
-    _without_cuda = None
-except RuntimeError:
-    _without_cuda = torch.cuda.is_current_stream_capturing
-
-
-def is_capturing() -> bool:
-    """True while the current CUDA stream records a graph: what Python does is not in it."""
-    ask = torch.cuda.is_current_stream_capturing
-    return ask is not _without_cuda and ask()

@@ -127,6 +127,7 @@ class WeightVector:
     def now(self) -> Tensor:
         """The network as a new vector."""
         self.follow()
+        self.require_online("reading the last iterate")
         now = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         self.read(now, self.views(now))
         return now
@@ -134,8 +135,9 @@ class WeightVector:
     def clone(self) -> dict[str, Tensor]:
         """The network's own tensors, copied."""
         self.follow()
-        copies = [tensor.clone() for tensor in self._tensors]
-        return dict(zip(self._named, copies, strict=True))
+        self.require_online("reading the last iterate")
+        plain = torch.contiguous_format
+        return {n: shard_of(x).detach().clone(memory_format=plain) for n, x in self._named.items()}
 
     def swap(self, swap: Swap, vector: Tensor) -> None:
         """Put a vector in place of the network's weights until ``swap.leave()``."""
@@ -298,6 +300,16 @@ def damage_is_a_value_error(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(f"the saved {what} is damaged: {error!r}") from error
+
+
+Keeper = TypeVar("Keeper")
+
+
+def twin(keeper: Keeper) -> Keeper:
+    """Another one with the same attributes, to change and then take over as a whole."""
+    other = object.__new__(type(keeper))
+    vars(other).update(vars(keeper))
+    return other
 
 
 Which = TypeVar("Which")

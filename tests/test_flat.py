@@ -456,6 +456,9 @@ def refusal(kind: str) -> nn.Module:
         network[2].weight = nn.Parameter(torch.eye(2, 5).to_sparse())
     if kind == "sharded":
         network[2].weight._local_tensor = network[2].weight.data  # type: ignore[attr-defined]
+    if kind == "inferred":
+        with torch.inference_mode():
+            network[2].weight = nn.Parameter(torch.eye(2, 5))
     if kind == "computed":
         del network[2].weight
         network[2]._parameters["weight"] = torch.ones(2, 5, requires_grad=True) * 2  # type: ignore[assignment]
@@ -473,6 +476,7 @@ def refusal(kind: str) -> nn.Module:
         ("meta", "cannot flatten: '2.weight' is on the meta device and has no values"),
         ("sparse", "cannot flatten: '2.weight' must be dense, got layout torch.sparse_coo"),
         ("sharded", r"cannot flatten: '2.weight' is sharded \(DTensor\)"),
+        ("inferred", "cannot flatten: '2.weight' was made in inference mode"),
         ("computed", "cannot flatten: '2.weight' is computed from other tensors, not a leaf"),
         ("shared", "'2.weight' and '3.weight' share memory and are two Parameters"),
     ],

@@ -12,9 +12,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from polyak_rl import AverageBank, Ema, PolicyAverages, Tail, Timeline, Uniform, Window, flatten_
+from polyak_rl import (
+    AverageBank,
+    Ema,
+    PolicyAverages,
+    Tail,
+    Timeline,
+    Uniform,
+    Window,
+    flatten_,
+    weighted_average,
+)
 from polyak_rl.pairing import walk
 from polyak_rl.vector import WeightVector
+from tests.interrupts import interrupted_at
 from tests.odd_modules import Odd, odd_plans, walk_randomly
 
 RULES = {"uniform": Uniform(), "ema": Ema(tau=0.2), "lawa": Window(3, 2), "half": Tail(0.5)}
@@ -258,7 +269,6 @@ def test_a_damaged_state_is_a_value_error_and_nothing_is_loaded(kind, how):
 def test_a_capture_that_would_record_nothing_is_refused(monkeypatch):
     module = network()
     recorders = [keeper(kind, module)[1] for kind in ("bank", "timeline", "averages")]
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for record in recorders:
         with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
@@ -323,11 +333,50 @@ def test_the_callers_modes_change_no_bit(kind, mode):
     assert torch.equal(run(mode), run(torch.no_grad))
 
 
-def test_an_average_is_plain_tensors_for_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
+@pytest.mark.parametrize("kind", ["bank", "timeline", "averages"])
+def test_an_interrupted_load_leaves_the_old_state_or_the_new(kind):
+    module = network()
+    there, record, _ = keeper(kind, module)
+    for _ in range(7):
+        record()
+    state, new = there.state_dict(), plain(there.state_dict())
+    here, record, _ = keeper(kind, module)
+    record()
+    start, old = here.state_dict(), plain(here.state_dict())
+    n = 1
+    while interrupted_at(n, lambda: here.load_state_dict(state)):
+        assert plain(here.state_dict()) in (old, new), n
+        here.load_state_dict(start)
+        n += 1
+    assert n > 100
+    assert plain(here.state_dict()) == new
+
+
+def test_what_is_read_in_inference_mode_is_of_use_outside():
     module = network()
     averages = PolicyAverages(module, {"uniform": Uniform()})
     averages.record()
+    with torch.inference_mode():
+        read = [
+            averages.last(),
+            averages.average("last"),
+            averages.average("uniform"),
+            weighted_average([module], [1.0]),
+            {"vector": averages.vector("last")},
+        ]
+    assert not any(tensor.is_inference() for tensors in read for tensor in tensors.values())
+
+
+def test_an_average_is_plain_tensors_for_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    module = network()
+    module[0].weight.data = module[0].weight.data.t().contiguous().t()
+    averages = PolicyAverages(module, {"uniform": Uniform()})
+    averages.record()
+    for tensors in (averages.last(), weighted_average([module, module], [0.5, 0.5])):
+        safetensors.save_file(tensors, tmp_path / "last.safetensors")
+        for name, tensor in safetensors.load_file(tmp_path / "last.safetensors").items():
+            assert torch.equal(tensor, module.get_parameter(name))
     safetensors.save_file(averages.average("uniform"), tmp_path / "uniform.safetensors")
     loaded = safetensors.load_file(tmp_path / "uniform.safetensors")
     twin = network()

@@ -20,7 +20,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 from torch import nn
 
 from polyak_rl import Between, Choice, Ema, Tail, Uniform
@@ -409,6 +409,14 @@ def test_a_shared_features_extractor_is_averaged_under_all_its_names(tmp_path):
     loaded = SAC.load(tmp_path / "averaged.zip", device="cpu")
     with averages_of(model).applied("uniform"):
         expected = weights(model.actor)
+        for save in (
+            model.save,
+            model.critic.save,
+            lambda path: save_averaged(model, "uniform", path),
+        ):
+            with pytest.raises(RuntimeError, match=r"inside applied\(\).* save_averaged\(\)"):
+                save(tmp_path / "never.zip")
+    assert not (tmp_path / "never.zip").exists()
     assert same(weights(loaded.actor), expected)
     assert loaded.critic.features_extractor is loaded.actor.features_extractor
     statistics = dict(model.actor.features_extractor.named_buffers())
@@ -552,7 +560,7 @@ def test_masked_actions_are_never_taken_where_last_and_averages_are_evaluated():
     assert {float(np.min(kept["results"])) for kept in evaluation.averaged.values()} == {5.0}
     assert "predict" not in vars(model)
     unmasked = AveragedEvalCallback(eval_env("ppo"), verbose=0)
-    with pytest.raises(ValueError, match=r"MaskablePPO acts by masks: eval_env needs the method"):
+    with pytest.raises(ValueError, match=r"MaskablePPO acts by masks: the environment .* needs"):
         model.learn(40, callback=[PolyakAveragingCallback(), unmasked])
 
 
@@ -617,6 +625,8 @@ def test_mistakes_are_said_in_a_sentence(tmp_path):
         save_averaged(model, Tail(0.5), tmp_path / "never")
     with pytest.raises(ValueError, match="this callback keeps the averages of another model"):
         make("ppo").learn(32, callback=averaging)
+    with pytest.raises(ValueError, match=r"averages of this model stand still in this learn\(\)"):
+        model.learn(32, callback=AveragedEvalCallback(eval_env("ppo"), verbose=0))
     averaging.save(tmp_path / "averages.pt")
     with pytest.raises(ValueError, match="the saved averages are of another network"):
         PolyakAveragingCallback.load(tmp_path / "averages.pt", make("sac"))
@@ -661,12 +671,16 @@ def test_shipping_takes_masks_and_the_statistics_of_training():
     choice = ship(model, Parity(), episodes=40)
     assert {x for row in (choice.choosing | choice.valuing).values() for x in row} == {5.0}
     assert choice.winner == "tail25"  # all are tied
+    with pytest.raises(ValueError, match=r"MaskablePPO acts by masks: the environment .* needs"):
+        ship(model, gym.make("CartPole-v1"), episodes=0)
 
     env = VecNormalize(make_vec_env("Pendulum-v1", seed=1))
     model = make("sac", env)
     model.learn(60, callback=PolyakAveragingCallback())
     with pytest.raises(ValueError, match="that of training is a VecNormalize and env is none"):
         ship(model, make_vec_env("Pendulum-v1"), episodes=0)
+    with pytest.raises(ValueError, match="wrap env as the environment of training is"):
+        ship(model, VecFrameStack(VecNormalize(make_vec_env("Pendulum-v1")), 2), episodes=0)
     mean, count = env.obs_rms.mean.copy(), env.obs_rms.count
     plain = VecNormalize(make_vec_env("Pendulum-v1"))
     choice = ship(model, plain, episodes=40)

@@ -967,7 +967,7 @@ def test_masters_of_another_network_are_refused() -> None:
     target = TargetNetwork(mlp().bfloat16())
     target.update()
     state = TargetNetwork(mlp(hidden=5).bfloat16()).state_dict()
-    with refused("the saved masters .* do not fit this target's", target.module):
+    with refused(r"'module.0.weight' must have the shape \(3, 4\)|'masters.*", target.module):
         target.load_state_dict(state)
     assert target.clock == 1
 

@@ -177,9 +177,24 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a master too few": (lambda s: s.pop("masters.head.bias"), "the saved masters .* do not fit"),
     "a master of another shape": (
         lambda s: s.update({"masters.head.bias": torch.ones(1)}),
-        "the saved masters .* do not fit",
+        r"'masters.head.bias' must have the shape \(4,\), got \(1,\)",
     ),
-    "a master that is none": (lambda s: s.update({"masters.head.bias": 1}), "must be a floating"),
+    "a master that is none": (
+        lambda s: s.update({"masters.head.bias": 1}),
+        "'masters.head.bias' must be a tensor, got int",
+    ),
+    **{
+        f"{what} in {name}": (
+            lambda s, name=name, x=x: s.update({name: x}),
+            f"'{name}' must be dense and torch",
+        )
+        for name in ("module.head.bias", "masters.head.bias")
+        for what, x in {
+            "nothing but zeros kept": torch.zeros(4).to_sparse(),
+            "no values": torch.zeros(4, device="meta"),
+            "complex numbers": torch.ones(4, dtype=torch.complex64),
+        }.items()
+    },
 }
 
 
