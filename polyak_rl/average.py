@@ -415,13 +415,14 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
     """Recompute batch-norm statistics for averaged weights, as the mean over some batches.
 
     An average of weights needs statistics of its own activations. Only the batch-norm layers are in
-    training mode meanwhile; modes and momenta come back as they were.
+    training mode meanwhile; modes and momenta come back as they were, and after an exception the
+    statistics too.
 
     Args:
         module: the averaged network.
         batches: inputs of the network. A tuple or list is taken apart into as many arguments as
-            ``forward`` needs; those of it that are left over, such as the labels of a loader, are
-            not looked at.
+            ``forward`` needs, one at least; those of it that are left over, such as the labels of a
+            loader, are not looked at.
 
     Raises:
         ValueError: no batches.
@@ -441,6 +442,8 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     modes = [(m, m.training) for m in module.modules()]
     momenta = [norm.momentum for norm in norms]
+    statistics = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in statistics]
     seen = 0
     try:
         module.eval()
@@ -450,13 +453,17 @@ def refresh_batch_norm(module: nn.Module, batches: Iterable[Any]) -> None:
             norm.reset_running_stats()
         for seen, batch in enumerate(batches, 1):  # noqa: B007
             module(*batch[:inputs]) if isinstance(batch, tuple | list) else module(batch)
+        if not seen:
+            raise ValueError("refresh_batch_norm needs at least one batch")
+    except BaseException:
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(value)
+        raise
     finally:
         for inner, mode in modes:
             inner.training = mode
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    if not seen:
-        raise ValueError("refresh_batch_norm needs at least one batch")
 
 
 def _inputs_of(module: nn.Module) -> int | None:
@@ -465,4 +472,4 @@ def _inputs_of(module: nn.Module) -> int | None:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters)
+    return max(1, sum(p.kind in positional and p.default is p.empty for p in parameters))

@@ -423,13 +423,14 @@ def _answer(given: Mapping[str, Sequence[float]], names: Sequence[str], episodes
     if not isinstance(given, Mapping) or given.keys() != set(names):
         got = sorted(given) if isinstance(given, Mapping) else type(given).__name__
         raise ValueError(f"play must answer with returns for {sorted(names)} by name, got {got}")
-    for name, row in given.items():
+    rows = {name: _finite(name, given[name]) for name in names}
+    for name, row in rows.items():
         if len(row) != len(episodes):
             raise ValueError(
                 f"play must answer one return an episode, got {len(row)} of {name!r}"
                 f" for {len(episodes)} episodes"
             )
-    return {name: _finite(name, given[name]) for name in names}
+    return rows
 
 
 def _finite(name: str, returns: Iterable[float]) -> tuple[float, ...]:

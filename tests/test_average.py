@@ -401,8 +401,23 @@ def test_batch_norm_statistics_are_recomputed_for_an_average():
     assert policy.training
     assert policy[2].training
     assert policy[1].momentum == 0.1
+    before = copy.deepcopy(policy.state_dict())
     with pytest.raises(ValueError, match="at least one batch"):
         refresh_batch_norm(policy, [])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        refresh_batch_norm(policy, [batches[0], torch.ones(4, 3)])
+    same(policy.state_dict(), before, rtol=0, atol=0)
+    assert policy[1].momentum == 0.1
+
+
+def test_a_batch_gives_its_input_also_where_forward_could_do_without():
+    class Lenient(nn.BatchNorm1d):
+        def forward(self, input=None):
+            return super().forward(input)
+
+    norm = Lenient(1)
+    refresh_batch_norm(norm, [(torch.full((4, 1), 3.0), torch.zeros(4))])
+    assert norm.running_mean.item() == 3.0
 
 
 def test_a_loader_of_inputs_and_labels_gives_what_torch_s_update_bn_gives():

@@ -257,6 +257,7 @@ def test_names_are_text():
     [
         (lambda n: {"last": [0.0] * n}, r"for \['last', 'tail25'\] by name, got \['last'\]"),
         (lambda n: [[0.0] * n] * 2, "by name, got list"),
+        (lambda n: {"last": [0.0] * n, "tail25": None}, "numbers, got None of 'tail25'"),
         (lambda n: {"last": [0.0] * n, "tail25": [0.0]}, "got 1 of 'tail25' for 3 episodes"),
         (lambda n: {"last": [0.0] * n, "tail25": [math.nan] * n}, "finite, got nan of 'tail25'"),
         (lambda n: {"last": [math.inf] * n, "tail25": [0.0] * n}, "finite, got inf of 'last'"),
