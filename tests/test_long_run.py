@@ -98,7 +98,7 @@ def test_no_more_training_episodes_are_logged_than_a_curve_can_show(monkeypatch)
             pass
 
     total = 8 * shown
-    agent = DQNConfig(hidden=(8,), learning_starts=total)
+    agent = DQNConfig(hidden=(8,), gradient_steps=0)
     training = Training("dqn", agent, TrainConfig("test/Short-v0", total), logs=[Log()])
     training.run()
     training.close()

@@ -130,7 +130,8 @@ def read_job(path: Path) -> Job:
 
 
 def write_job(job: Job, path: Path) -> None:
-    """Write a job to a file."""
+    """Write a job to a file, in a folder that is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(path) as file:
         file.write(json.dumps(plain(job), indent=2).encode() + b"\n")
 
