@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.agent import AgentConfig, Turns, check
@@ -104,11 +105,11 @@ class DDPG:
 
         # critic: L = mean (y - Q(s, a))^2
         q = self.critic(s, a).squeeze(1)  # [S, B]
-        critic_loss = (q - y).square().mean(-1)  # [S]
+        critic_loss = F.mse_loss(q, y, reduction="none")  # [S, B]
         self.descent.step("critic", critic_loss)
 
         # actor: J = mean Q(s, mu(s)), uphill: grad J = mean grad_a Q(s, a)|a=mu(s) grad mu(s)
-        actor_loss = -self.critic(s, self.actor(s), held=True).squeeze(1).mean(-1)  # [S]
+        actor_loss = -self.critic(s, self.actor(s), held=True).squeeze(1)  # [S, B]
         self.descent.step("actor", actor_loss)
 
         # theta' <- tau theta + (1 - tau) theta'

@@ -132,7 +132,7 @@ class DQN:
 
         # L = mean Huber(y - Q(s, a)); a compiled smooth_l1_loss would lose a NaN
         q = self.q(s).gather(-1, a.long()).squeeze(-1)  # [S, B]
-        loss = F.huber_loss(q, y, reduction="none").mean(-1)  # [S]
+        loss = F.huber_loss(q, y, reduction="none")  # [S, B]
         self.descent.step("q", loss)
 
         # every C gradient steps: theta^- <- theta

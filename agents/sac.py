@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.agent import AgentConfig, Turns, check
@@ -126,7 +127,7 @@ class SAC:
         # temperature: J(alpha) = mean -log alpha (log pi(a_pi|s) + H-bar)
         log_alpha = self.temperature.log_alpha  # [S, 1]
         alpha = log_alpha.detach().exp()
-        alpha_loss = -(log_alpha * (log_pi.detach() + self.target_entropy)).mean(-1)  # [S]
+        alpha_loss = -log_alpha * (log_pi.detach() + self.target_entropy)  # [S, B]
         self.descent.step("temperature", alpha_loss)
 
         # y = r + gamma (min_i Qbar_i(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s'),
@@ -138,12 +139,14 @@ class SAC:
 
         # critics: J(theta) = mean sum_i 1/2 (Q_i(s, a) - y)^2
         q = self.critic(s, a)  # [S, 2, B]
-        critic_loss = (0.5 * (q - y.unsqueeze(1)).square()).sum(1).mean(-1)  # [S]
+        critic_loss = 0.5 * F.mse_loss(q, y.unsqueeze(1).expand_as(q), reduction="none").sum(
+            1
+        )  # [S, B]
         self.descent.step("critic", critic_loss)
 
         # actor: J(phi) = mean alpha log pi(a_pi|s) - min_i Q_i(s, a_pi)
         q_pi = self.critic(s, a_pi, held=True).min(1).values  # [S, B]
-        actor_loss = (alpha * log_pi - q_pi).mean(-1)  # [S]
+        actor_loss = alpha * log_pi - q_pi  # [S, B]
         self.descent.step("actor", actor_loss)
 
         # thetabar_i <- tau theta_i + (1 - tau) thetabar_i

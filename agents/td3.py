@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.agent import Turns, check
@@ -121,14 +122,14 @@ class TD3:
 
         # critics: L = mean sum_i (y - Q_i(s, a))^2
         q = self.critic(s, a)  # [S, 2, B]
-        critic_loss = (q - y.unsqueeze(1)).square().sum(1).mean(-1)  # [S]
+        critic_loss = F.mse_loss(q, y.unsqueeze(1).expand_as(q), reduction="none").sum(1)  # [S, B]
         self.descent.step("critic", critic_loss)
         tags = {"losses/qf_loss": critic_loss.detach(), "losses/q_values": q.detach()}
 
         # every d gradient steps, the actor: J = mean Q_theta1(s, pi_phi(s)), uphill:
         # grad_phi J = mean grad_a Q_theta1(s, a)|a=pi_phi(s) grad_phi pi_phi(s)
         if actors_turn:
-            actor_loss = -self.critic(s, self.actor(s), held=True)[:, 0].mean(-1)  # [S]
+            actor_loss = -self.critic(s, self.actor(s), held=True)[:, 0]  # [S, B]
             self.descent.step("actor", actor_loss)
             tags["losses/actor_loss"] = actor_loss.detach()
 
