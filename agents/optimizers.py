@@ -52,7 +52,7 @@ class Descent:
 
         Args:
             name: Whose weights.
-            loss: Of every seed [S], or of every transition [S, B], of which a seed's is the mean.
+            loss: Of every transition [S, B], of which a seed's is the mean, or of every seed [S].
         """
         flat = self.flats[name]
         set_gradients(loss, self.weights[name], share=len(loss) / loss.numel())

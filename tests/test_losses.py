@@ -62,3 +62,15 @@ def test_a_loss_moves_its_own_network_and_what_steps_after_it(algo, network):
     if network == "critic":
         moved.discard("actor")
     assert moved == {network}
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_seeds_loss_is_the_mean_of_its_transitions_losses(seeds):
+    gradients = []
+    for reduced in (False, True):
+        agent = DDPG(3, 2, DDPGConfig(**SMALL), range(seeds), "cpu", 1000)
+        loss = agent.actor(torch.linspace(-1, 1, seeds * 32 * 3).view(seeds, 32, 3)).sum(-1)
+        agent.descent.step("actor", loss.mean(-1) if reduced else loss)
+        gradients.append(agent.descent.flats["actor"].parameters[0].grad)
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients)

@@ -94,6 +94,12 @@ def test_gradients_are_set_where_they_lie_also_of_a_network_that_is_asked_twice(
         torch.testing.assert_close([p.grad for p in weights], [*expected])
 
 
+def test_an_mlp_refuses_a_gradient_that_is_to_be_differentiated_again():
+    net = MLP((3, 8, 2), gens(0))
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(net(torch.ones(1, 7, 3)).sum(), net[0].weight, create_graph=True)
+
+
 def test_slopes_go_through_a_held_critic_and_not_into_it():
     actor, critic = DeterministicActor(3, 2, (8, 8), gens(0)), Critic(3, 2, (8, 8), gens(1), n=2)
     obs = torch.randn(1, 7, 3, generator=gens(9)[0])
