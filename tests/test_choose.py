@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from polyak_rl import Choice, choose, one_by_one
 from polyak_rl.choose import mean_interval, mean_of_worst, rounds, t_quantile
-from scripts import stats
+from scripts.experiment import stats
 
 NOISE = np.random.default_rng(0).standard_normal((2000, 8))
 
