@@ -12,7 +12,7 @@ A new agent is a file like `agents/ddpg.py`, and elsewhere these lines:
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from agents.optimizers import Descent
 from agents.replay import Batch
+from agents.seeding import Draw
 from polyak_rl import TargetNetwork
 
 Target = Literal["soft", "hard", "none"]
@@ -58,6 +59,37 @@ class AgentConfig:
     """gradient steps between two copies of a hard target; 400 has the mean age of tau = 0.005"""
 
 
+class Turns(nn.Module):
+    """Counts gradient steps, and says what is due in each; a module, so that checkpoints keep it.
+
+    Args:
+        every: Gradient steps between two turns, one number for each thing that has turns.
+
+    Example:
+        >>> turns = Turns(2, 3)
+        >>> [turns.next() for _ in range(3)]
+        [(False, False), (True, False), (False, True)]
+    """
+
+    def __init__(self, *every: int) -> None:
+        super().__init__()
+        self.every = every
+        self.steps = 0
+
+    def next(self) -> tuple[bool, ...]:
+        """Count a gradient step; whose turn it is in it."""
+        self.steps += 1
+        return tuple(self.steps % every == 0 for every in self.every)
+
+    def get_extra_state(self) -> int:
+        """The count."""
+        return self.steps
+
+    def set_extra_state(self, state: int) -> None:
+        """Go on from a saved count."""
+        self.steps = state
+
+
 class Agent(Protocol):
     """S independent agents, one per seed; every tensor begins with the dimension S.
 
@@ -78,10 +110,17 @@ class Agent(Protocol):
     """acts, and is what averages are taken of"""
     descent: Descent
     """the networks that are trained, and the watch over their gradients"""
+    turns: Turns
+    """whose turn it is in a gradient step, of what is not due in all of them"""
+
+    @property
+    def draws(self) -> Sequence[Draw]:
+        """What `learn` is given besides a batch, in the order of the stream that it is from."""
+        ...
 
     @property
     def learn(self) -> Callable[..., dict[str, Tensor]]:
-        """What of `update` can be one program; `compile` puts a `Program` in its place."""
+        """The gradient step for a batch, draws and turns, in this order: it can be one program."""
         ...
 
     @property

@@ -25,9 +25,8 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,9 @@ from torch import Tensor, nn
 from agents.environments import EpisodeSeeds
 from agents.evaluation import Evaluation
 from agents.optimizers import Descent
+from agents.seeding import Streams
 from agents.training import Training
+from agents.versions import versions
 from polyak_rl import PolicyAverages
 from polyak_rl.files import write_whole
 
@@ -147,14 +148,14 @@ class Checkpoints:
         name = f"{number:06d}.pt"
         state = training_state(self.training, self.averages) | {"extra": dict(extra or {})}
         with write_whole(self.folder / name) as file:
-            _save_tensors(state, file)
+            torch.save(state, file)
         sums[name] = _digest(self.folder / name)
         record = {
             "schema": SCHEMA,
             "number": number,
             "about": self.about,
             "training": describe(self.training, self.averages),
-            "versions": versions(),
+            "versions": versions(self.training.device),
             "replay": pieces if self.replay else None,
             "sha256": sums,
         }
@@ -254,7 +255,7 @@ def restore(
 
     notes = [
         f"{name} was {checkpoint.versions.get(name)}, now it is {version}"
-        for name, version in versions().items()
+        for name, version in versions(training.device).items()
         if checkpoint.versions.get(name) != version
     ]
     if checkpoint.pieces is None:
@@ -268,7 +269,8 @@ def describe(training: Training, averages: PolicyAverages | None) -> State:
     record = {
         "algorithm": type(training.agent).__name__,
         "seeds": training.seeds,
-        "run": dataclasses.asdict(training.config),
+        # A run may go on elsewhere: `versions` has where it was.
+        "run": {k: v for k, v in dataclasses.asdict(training.config).items() if k != "device"},
         "agent": dataclasses.asdict(training.agent.config),
         "observation size": spaces.obs_dim,
         "action size": spaces.action_dim,
@@ -277,15 +279,6 @@ def describe(training: Training, averages: PolicyAverages | None) -> State:
     }
     plain: State = json.loads(json.dumps(record))
     return plain
-
-
-def versions() -> dict[str, str]:
-    """The versions of what decides a run's bits."""
-    return {
-        "torch": str(torch.__version__),
-        "gymnasium": gym.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def training_state(training: Training, averages: PolicyAverages | None = None) -> State:
@@ -298,11 +291,8 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
             "skipped": training.skipped,
             "evaluated_at": training.evaluated_at,
         },
-        "agent": {
-            name: [g.get_state() for g in part] if isinstance(part, list) else part.state_dict()
-            for name, part in _parts(training.agent).items()
-        },
-        "sampling": [generator.get_state() for generator in training.sampling],
+        "agent": {name: part.state_dict() for name, part in _parts(training.agent).items()},
+        "sampling": training.learner.sampling.state_dict(),
         "averages": averages.state_dict() if averages else None,
         "losses": {tag: loss.clone() for tag, loss in training.losses.items()},
         "evaluations": {
@@ -356,10 +346,8 @@ def _read_files(path: Path, record: State) -> Checkpoint:
     except Exception as error:  # a file that was made up raises anything
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise _DamagedError(f"{state_file.name} is not a state: {reason}") from error
-    about, training, versions = record["about"], record["training"], record["versions"]
-    return Checkpoint(
-        path.parent, record["number"], about, training, versions, pieces, sha256, state
-    )
+    about, training, then = record["about"], record["training"], record["versions"]
+    return Checkpoint(path.parent, record["number"], about, training, then, pieces, sha256, state)
 
 
 def _piece_name(piece: tuple[int, int]) -> str:
@@ -371,23 +359,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _save_tensors(state: State, file: BinaryIO) -> None:
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:  # torch's writer hides the system's error behind its own
-        raise (
-            error.__context__
-            if isinstance(error.__context__, OSError)
-            else OSError(f"the tensors cannot be written: {error}")
-        ) from error
-
-
 def _parts(agent: Any) -> dict[str, Any]:
-    """What changes in an agent, by attribute: modules, descents and lists of generators."""
+    """What changes in an agent, by attribute: modules, descents and streams."""
     parts: dict[int, tuple[str, Any]] = {}
     for name, value in vars(agent).items():
-        streams = isinstance(value, list) and all(isinstance(g, torch.Generator) for g in value)
-        if streams or isinstance(value, nn.Module | Descent):
+        if isinstance(value, nn.Module | Descent | Streams):
             parts.setdefault(id(value), (name, value))  # `policy` is another name
     return dict(parts.values())
 
@@ -395,13 +371,8 @@ def _parts(agent: Any) -> dict[str, Any]:
 def _load(training: Training, averages: PolicyAverages | None, state: State) -> None:
     """Put what `training_state` returned back, but for the environments."""
     for name, part in _parts(training.agent).items():
-        if isinstance(part, list):
-            for generator, position in zip(part, state["agent"][name], strict=True):
-                generator.set_state(position)
-        else:
-            part.load_state_dict(state["agent"][name])
-    for generator, position in zip(training.sampling, state["sampling"], strict=True):
-        generator.set_state(position)
+        part.load_state_dict(state["agent"][name])
+    training.learner.sampling.load_state_dict(state["sampling"])
     if averages:
         averages.load_state_dict(state["averages"])
     training.losses = {tag: x.to(training.device) for tag, x in state["losses"].items()}

@@ -26,14 +26,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.agent import AgentConfig, check
+from agents.agent import AgentConfig, Turns, check
 from agents.networks import Critic, DeterministicActor
 from agents.optimizers import Descent
 from agents.replay import Batch
-from agents.seeding import Purpose, generators, normal, uniform
-from agents.targets import target_networks
+from agents.seeding import Purpose, Streams, generators
+from agents.targets import target_every, target_networks
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class DDPG:
         check(config)
         self.config = config
         self.action_dim = action_dim
-        self.exploration = generators(Purpose.EXPLORATION, seeds, device)
+        self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
 
         init = generators(Purpose.INIT, seeds)
         self.actor = DeterministicActor(obs_dim, action_dim, config.hidden, init).to(device)
@@ -72,6 +73,8 @@ class DDPG:
         self.targets = target_networks(config, {"actor": self.actor, "critic": self.critic})
         self.actor_target = self.targets.get("actor", self.actor)
         self.critic_target = self.targets.get("critic", self.critic)
+        self.turns = Turns(target_every(config))
+        self.draws = ()
         self.policy: nn.Module = self.actor
 
     def charts(self, step: int) -> dict[str, float]:
@@ -83,21 +86,16 @@ class DDPG:
         """Noisy actions, uniform ones until learning starts: obs [S, n, O] -> [S, n, A]."""
         shape = (obs.shape[1], self.action_dim)
         if step < self.config.learning_starts:
-            return 2 * uniform(self.exploration, *shape) - 1
+            return 2 * self.exploration.uniform(*shape) - 1
         action: Tensor = self.actor(obs)
-        return (action + self.config.noise_std * normal(self.exploration, *shape)).clamp(-1, 1)
+        return (action + self.config.noise_std * self.exploration.normal(*shape)).clamp(-1, 1)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
-        tags = self.learn(batch)
+        return self.learn(batch, *self.turns.next())
 
-        # theta' <- tau theta + (1 - tau) theta'
-        for target in self.targets.values():
-            target.update()
-        return tags
-
-    def learn(self, batch: Batch) -> dict[str, Tensor]:
-        """The gradient step without random draws, decisions and target updates."""
+    def learn(self, batch: Batch, follow: bool) -> dict[str, Tensor]:
+        """The gradient step without decisions: whether the target networks follow is given."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma Q'(s', mu'(s')), and r alone where s' is terminal
@@ -107,12 +105,17 @@ class DDPG:
 
         # critic: L = mean (y - Q(s, a))^2
         q = self.critic(s, a).squeeze(1)  # [S, B]
-        critic_loss = (q - y).square().mean(-1)  # [S]
+        critic_loss = F.mse_loss(q, y, reduction="none")  # [S, B]
         self.descent.step("critic", critic_loss)
 
         # actor: J = mean Q(s, mu(s)), uphill: grad J = mean grad_a Q(s, a)|a=mu(s) grad mu(s)
-        actor_loss = -self.critic(s, self.actor(s), held=True).squeeze(1).mean(-1)  # [S]
+        actor_loss = -self.critic(s, self.actor(s), held=True).squeeze(1)  # [S, B]
         self.descent.step("actor", actor_loss)
+
+        # theta' <- tau theta + (1 - tau) theta'
+        if follow:
+            for target in self.targets.values():
+                target.update()
         return {
             "losses/qf_loss": critic_loss.detach(),
             "losses/q_values": q.detach(),

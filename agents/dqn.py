@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.agent import AgentConfig, Target, check
+from agents.agent import AgentConfig, Target, Turns, check
 from agents.networks import QNetwork
 from agents.optimizers import Descent
 from agents.pixels import PixelQNetwork
 from agents.replay import Batch
-from agents.seeding import Purpose, generators, uniform
-from agents.targets import target_networks
+from agents.seeding import Purpose, Streams, generators
+from agents.targets import target_every, target_networks
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DQN:
         c = self.config = config
         self.action_dim = action_dim
         self.annealing_steps = c.exploration_fraction * total_steps
-        self.exploration = generators(Purpose.EXPLORATION, seeds, device)
+        self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
 
         init = generators(Purpose.INIT, seeds)
         network: Any = PixelQNetwork if isinstance(obs_dim, tuple) else QNetwork
@@ -85,6 +85,8 @@ class DQN:
         self.descent = Descent({"q": self.q}, c.learning_rate, len(seeds), c.max_grad_norm)
         self.targets = target_networks(config, {"q": self.q})
         self.q_target = self.targets.get("q", self.q)
+        self.turns = Turns(target_every(config))
+        self.draws = ()
         self.policy: nn.Module = self.q
 
     def epsilon(self, step: int) -> float:
@@ -106,21 +108,16 @@ class DQN:
         Two numbers are drawn for each action whether or not it is random, so that the stream's
         position depends on the number of actions alone.
         """
-        coin, pick = uniform(self.exploration, 2, obs.shape[1]).unbind(1)  # [S, n] each
+        coin, pick = self.exploration.uniform(2, obs.shape[1]).unbind(1)  # [S, n] each
         random = (pick * self.action_dim).long()
         return torch.where(coin < self.epsilon(step), random, self.q.act(obs))
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
-        tags = self.learn(batch)
+        return self.learn(batch, *self.turns.next())
 
-        # every C gradient steps: theta^- <- theta
-        for target in self.targets.values():
-            target.update()
-        return tags
-
-    def learn(self, batch: Batch) -> dict[str, Tensor]:
-        """The gradient step without random draws, decisions and target updates."""
+    def learn(self, batch: Batch, follow: bool) -> dict[str, Tensor]:
+        """The gradient step without decisions: whether the target network follows is given."""
         s, a, r, terminated, s_next = batch
 
         # y = r + gamma max_a' Q^(s', a'), and r alone where s' is terminal
@@ -135,6 +132,11 @@ class DQN:
 
         # L = mean Huber(y - Q(s, a)); a compiled smooth_l1_loss would lose a NaN
         q = self.q(s).gather(-1, a.long()).squeeze(-1)  # [S, B]
-        loss = F.huber_loss(q, y, reduction="none").mean(-1)  # [S]
+        loss = F.huber_loss(q, y, reduction="none")  # [S, B]
         self.descent.step("q", loss)
+
+        # every C gradient steps: theta^- <- theta
+        if follow:
+            for target in self.targets.values():
+                target.update()
         return {"losses/td_loss": loss.detach(), "losses/q_values": q.detach()}

@@ -129,7 +129,8 @@ def make_env(env_id: str, wrap: Sequence[str] = (), **kwargs: Any) -> gym.Env[An
         else:
             env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        extra = "; pip install 'polyak-rl[atari]'" if env_id.startswith("ALE/") else ""
+        atari = "; pip install -c constraints.txt --group atari"
+        extra = atari if env_id.startswith("ALE/") else ""
         raise ValueError(f"cannot make the environment {env_id!r}: {error}{extra}") from error
     except gym.error.Error as error:
         raise ValueError(f"cannot make the environment {env_id!r}: {error}") from error
@@ -164,9 +165,14 @@ def _to_flatten(space: gym.Space[Any]) -> bool:
             return bool(space.is_np_flattenable)
 
 
-def flattened(env: gym.Env[Any, Any]) -> str | None:
-    """The space of observations that `make_env` has flattened; None where it has not."""
-    return str(env.env.observation_space) if isinstance(env, FlattenObservation) else None
+def flattened(envs: VectorEnv[Any, Any, Any]) -> str | None:
+    """A line on observations that `make_env` has flattened in environments made here, if it has."""
+    env = envs.envs[0] if isinstance(envs, SyncVectorEnv) else None
+    inner = env.env if isinstance(env, EpisodeSeeds) else None
+    if not isinstance(inner, FlattenObservation):
+        return None
+    size = inner.observation_space.shape
+    return f"observations flattened: {inner.env.observation_space} to {size}"
 
 
 class EnvironmentFault(RuntimeError):
@@ -306,18 +312,41 @@ def faults(call: str | None, where: Callable[[], str]) -> Iterator[None]:
         raise EnvironmentFault(f"the environment {what} ({where()})") from error
 
 
+class SameStep(SyncVectorEnv):
+    """Environments side by side that reset in the step that ends an episode.
+
+    As Gymnasium's own, whose step costs several of CartPole's: observations are written to a new
+    array once, not copied, and of what else environments tell only `final_obs` is passed on.
+    """
+
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]]) -> None:
+        super().__init__(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step every environment; those whose episode ends begin the next one."""
+        space, n = self.single_observation_space, self.num_envs
+        obs = np.empty((n, *(space.shape or ())), dtype=space.dtype)
+        rewards = np.empty(n)
+        terminated, truncated = np.empty((2, n), dtype=bool)
+        final: dict[int, Any] = {}
+        for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
+            seen, rewards[i], terminated[i], truncated[i], _ = env.step(action)
+            if terminated[i] or truncated[i]:
+                final[i] = seen
+                seen, _ = env.reset()
+            obs[i] = seen
+        return obs, rewards, terminated, truncated, {"final_obs": final}
+
+
 def vector_env(
     env_id: str, seeds: Sequence[int], n_envs: int, wrap: Sequence[str] = ()
-) -> SyncVectorEnv:
+) -> SameStep:
     """`n_envs` environments for each seed, every episode of which can be played again alone."""
 
     def build(seed: int, env_index: int) -> Callable[[], gym.Env[Any, Any]]:
         return lambda: EpisodeSeeds(make_env(env_id, wrap), seed, env_index)
 
-    return SyncVectorEnv(
-        [build(seed, i) for seed in seeds for i in range(n_envs)],
-        autoreset_mode=AutoresetMode.SAME_STEP,
-    )
+    return SameStep([build(seed, i) for seed in seeds for i in range(n_envs)])
 
 
 def autoreset_of(envs: VectorEnv[Any, Any, Any], expected: int) -> AutoresetMode:
@@ -370,6 +399,8 @@ def require_finite(
     Raises:
         NonFiniteError: A number is not finite; the message says what plays the episode again.
     """
+    if finite_reward(reward).all() and finite(obs).all() and finite(next_obs).all():
+        return
     looks = [("a reward", finite_reward(reward), True), ("an observation", finite(next_obs), True)]
     if next_obs is not obs:
         looks += [("the first observation of an episode", finite(obs), False)]

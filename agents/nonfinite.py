@@ -49,6 +49,7 @@ class GradientWatch:
         self.flags = torch.zeros(capacity, len(networks), members, device=device)
         self.env_steps: list[int] = []  # of each gradient step since the last reading
         self._rows = self.flags.unbind(0)
+        self._row = torch.zeros(1, dtype=torch.int64, device=device)  # of the next `note`
         # Of the gradient step under way, at one place, so that a step can be one program.
         self._now = torch.zeros(len(networks), members, device=device)
         self._flags_now: dict[str, Tensor] = dict(zip(networks, self._now, strict=True))
@@ -71,11 +72,23 @@ class GradientWatch:
         torch.logical_not(norm < math.inf, out=flag)  # False for NaN too
         return flag.amax()
 
-    def count(self, env_step: int) -> None:
-        """Count a gradient step that was begun after `env_step` environment steps."""
-        self._rows[len(self.env_steps)].copy_(self._now)
-        self._now.zero_()
+    def count(self, env_step: int, *, noted: bool = False) -> None:
+        """Count a gradient step that was begun after `env_step` environment steps.
+
+        Args:
+            env_step: How many.
+            noted: Its flags were kept by `note`, which was part of it.
+        """
+        if not noted:
+            self._rows[len(self.env_steps)].copy_(self._now)
+            self._now.zero_()
         self.env_steps.append(env_step)
+
+    def note(self) -> None:
+        """Keep the flags of the gradient step under way, in the row that the device counts."""
+        self.flags.index_copy_(0, self._row, self._now.unsqueeze(0))
+        self._row.add_(1)
+        self._now.zero_()
 
     def read(self) -> list[BadGradient]:
         """The bad gradients since the last reading, oldest first; the flags are cleared."""
@@ -85,5 +98,6 @@ class GradientWatch:
             for row, network, member in rows.nonzero().tolist()
         ]
         rows.zero_()
+        self._row.zero_()
         self.env_steps = []
         return bad

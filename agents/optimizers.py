@@ -47,15 +47,15 @@ class Descent:
     def step(self, name: str, loss: Tensor) -> None:
         """theta <- Adam(theta, grad_theta L) for the weights theta of one network.
 
-        Whatever else the loss depends on stays as it is, its gradient too. The sum over seeds is
-        differentiated, of which each seed's weights see their own loss alone.
+        Whatever else the loss depends on stays as it is, its gradient too. L is the sum over seeds,
+        of which each seed's weights see their own alone.
 
         Args:
             name: Whose weights.
-            loss: L of every seed [S].
+            loss: Of every seed [S], or of every transition [S, B], of which a seed's is the mean.
         """
         flat = self.flats[name]
-        set_gradients(loss, self.weights[name])
+        set_gradients(loss, self.weights[name], share=len(loss) / loss.numel())
         if self.max_grad_norm is None:
             norm = flat.grad_norm()
         else:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agents.networks import MLP, QNetwork
-from agents.replay import Batch, Replay
+from agents.replay import Batch, Replay, Upload, require_memory
+from agents.seeding import Streams
 
 Shape = tuple[int, int, int]
 """Frames in a stack, height, width."""
@@ -152,6 +153,9 @@ class FrameReplay(Replay):
         # Where the frames lie of the stacks that the last step ended with, by their bytes.
         self.known: list[dict[bytes, list[int]]] = [{} for _ in range(members)]
         self.columns = [*range(stack), *range(-stack, 0)]  # of the rows, where they show frames
+        self.shown = np.zeros((members, capacity, 2 * stack), dtype=np.int32)  # what is there
+        self._new: list[tuple[int, int, NDArray[Any]]] = []  # frames on their way to their places
+        self._upload_frames, self._upload_index = Upload(device), Upload(device)
         self._make_places(capacity + self._more())
         # Rows without a transition show place 0, until the last of them is overwritten.
         self.rows.zero_()
@@ -201,22 +205,22 @@ class FrameReplay(Replay):
 
     def append(self, rows: Tensor) -> None:
         """Store transitions as rows whose frames have their places; what they replace goes."""
-        at = torch.arange(self.added, self.added + rows.shape[1], device=self.rows.device)
-        replaced = self.rows[:, at % self.capacity]
+        self._put_frames()
+        at = np.arange(self.added, self.added + rows.shape[1]) % self.capacity
+        replaced = self.shown[:, at]
+        self.shown[:, at] = shown = rows.numpy()[..., self.columns]
         super().append(rows)
         for member, uses in enumerate(self.uses):
-            for place in _integers(rows[member, :, self.columns]):
+            for place in shown[member].astype(int).flat:
                 uses[place] += 1
-            for place in _integers(replaced[member, :, self.columns]):
+            for place in replaced[member].flat:
                 uses[place] -= 1
                 if not uses[place]:
                     self.free[member].append(place)
 
-    def batches(
-        self, batch_size: int, generators: Sequence[torch.Generator], count: int
-    ) -> Iterator[Batch]:
+    def batches(self, batch_size: int, streams: Streams, count: int) -> Iterator[Batch]:
         """Batches of `Replay.batches`, with stacks put together: uint8 [S, B, K, H, W]."""
-        for batch in super().batches(batch_size, generators, count):
+        for batch in super().batches(batch_size, streams, count):
             obs, next_obs = self._stacks(batch.obs), self._stacks(batch.next_obs)
             yield batch._replace(obs=obs, next_obs=next_obs)
 
@@ -244,7 +248,7 @@ class FrameReplay(Replay):
             places = np.array(self._store(member, frames[:count]), dtype=np.float32)
             row[:, self.columns] = places[number]
             frames = frames[count:]
-        self.append(torch.from_numpy(rows).to(self.rows.device))
+        self.append(torch.from_numpy(rows))
 
     def _stacks(self, places: Tensor) -> Tensor:
         """The stacks [S, B, K, H, W] whose frames lie in these places [S, B, K]."""
@@ -261,9 +265,20 @@ class FrameReplay(Replay):
                 if not self.free[member]:
                     self._make_places(self._more())
                 place = self.free[member].pop()
-                self.frames[member, place] = torch.as_tensor(frame)
+                self._new.append((member, place, frame))
             places.append(place)
         return places
+
+    def _put_frames(self) -> None:
+        """Bring new frames to their places, some MiB at a time."""
+        while self._new:
+            new, self._new = self._new[:256], self._new[256:]
+            members, places, frames = zip(*new, strict=True)
+            index = torch.tensor(members) * self.frames.shape[1] + torch.tensor(places)
+            stacked = torch.from_numpy(np.stack(frames))
+            self.frames.flatten(0, 1).index_copy_(
+                0, self._upload_index(index), self._upload_frames(stacked)
+            )
 
     def _more(self) -> int:
         return self.capacity // 16 + len(self.columns)
@@ -272,6 +287,7 @@ class FrameReplay(Replay):
         members, made, *image = self.frames.shape
         if made + more > 2**24:
             raise ValueError(f"a replay of frames has at most {2**24} places, got {made + more}")
+        require_memory(self.frames.device, members, (made + more) * math.prod(image))
         # Uninitialised on purpose: the system hands out the pages as they are first written.
         frames = self.frames.new_empty(members, made + more, *image)
         frames[:, :made] = self.frames
@@ -279,8 +295,3 @@ class FrameReplay(Replay):
         for uses, free in zip(self.uses, self.free, strict=True):
             uses += [0] * more
             free[:0] = range(made + more - 1, made - 1, -1)  # the lowest one is taken first
-
-
-def _integers(values: Tensor) -> list[int]:
-    integers: list[int] = values.flatten().long().tolist()
-    return integers

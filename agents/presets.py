@@ -9,6 +9,9 @@ steps which that comes to.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import gymnasium as gym
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
+
 from agents.agent import Agent, AgentConfig
 from agents.ddpg import DDPG, DDPGConfig
 from agents.dqn import DQN, DQNConfig
@@ -134,10 +137,40 @@ PRESETS: dict[str, dict[str, tuple[int, Mapping[str, Any]]]] = {
 PRESETS["td3"] = PRESETS["ddpg"]
 
 
+def preset_name(algo: str, env_id: str) -> str | None:
+    """The environment whose preset an environment gets; None: there is none for it.
+
+    A name without a version stands for the version that Gymnasium takes for it.
+
+    Example:
+        >>> preset_name("dqn", "CartPole"), preset_name("ddpg", "Hopper-v4")
+        ('CartPole-v1', None)
+    """
+    try:
+        namespace, name, version = parse_env_id(env_id.rpartition(":")[2])
+        if version is None:
+            version = find_highest_version(namespace, name)
+        env_id = get_env_id(namespace, name, version)
+    except gym.error.Error:
+        return None
+    return env_id if env_id in PRESETS.get(algo, {}) else None
+
+
+def describe_preset(algo: str, env_id: str) -> str:
+    """A line that says where the settings come from.
+
+    Example:
+        >>> describe_preset("sac", "Hopper-v4")
+        'no preset for Hopper-v4: defaults of SAC'
+    """
+    name = preset_name(algo, env_id)
+    return f"preset: {name}" if name else f"no preset for {env_id}: defaults of {algo.upper()}"
+
+
 def preset(algo: str, env_id: str) -> tuple[Any, int]:
     """The config of an algorithm for an environment, and how many environment steps to train.
 
-    An environment without a preset gets the algorithm's defaults.
+    An environment without a preset gets the algorithm's defaults; `describe_preset` says which.
 
     Args:
         algo: A name of `ALGORITHMS`.
@@ -153,6 +186,7 @@ def preset(algo: str, env_id: str) -> tuple[Any, int]:
     """
     if algo not in ALGORITHMS:
         raise ValueError(f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {algo!r}")
-    total_steps, values = PRESETS.get(algo, {}).get(env_id, (DEFAULT_STEPS, {}))
+    name = preset_name(algo, env_id)
+    total_steps, values = PRESETS[algo][name] if name else (DEFAULT_STEPS, {})
     config_class = ALGORITHMS[algo][1]
     return config_class(**values), total_steps

@@ -4,116 +4,115 @@ import gc
 import math
 import sysconfig
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+try:  # private, or called experimental: torch may move them
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves, tree_map_only
+except ImportError as error:
+    raise ImportError(
+        f"agents/program.py is written for torch 2.11 to 2.13, got {torch.__version__}: {error}"
+    ) from error
 
 Step = Callable[..., dict[str, Tensor]]
-Run = Callable[..., Sequence[Tensor]]
-Build = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Run]
+Run = Callable[[], Sequence[Tensor]]
+Build = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]
 
 
 class Program:
-    """A function of tensors whose Python runs once; what it did to tensors is then repeated.
+    """A function whose Python runs once; what it did to tensors is then repeated.
 
     On CPU the operations are compiled by Inductor, which needs a C++ compiler and takes some ten
     seconds: the results are the function's to rounding. On CUDA they are captured in a CUDA graph:
     the same kernels, launched at once, whose results hold until the next call.
 
-    The function may read and write tensors that it does not get as arguments (weights, moments,
-    targets); they are found by a rehearsal, after which they have their old values again. Where one
-    of them moves, or is gone, the program is made anew; it does not notice that the function would
-    use another one while the old one is kept somewhere. Numbers are read once: a learning rate
-    stays what it was. The function may not write to its arguments, draw random numbers, or act on a
-    tensor's value.
+    What the function reads and writes (weights, moments, targets, rows, counters) is found by a
+    rehearsal, after which it has its old values again. `renew` has the program made anew where
+    one of these tensors has moved or is gone; it does not notice that the function would use
+    another one while the old one is kept somewhere. Numbers are read once: a learning rate stays
+    what it was. The function may not draw random numbers or act on a tensor's value.
 
     Args:
-        step: Takes tensors, tuples of tensors, and plain values, for each of which it is recorded
-            separately, as for each form of the tensors; returns names and tensors.
+        step: Takes plain values, for each of which it is recorded separately; returns names and
+            tensors.
+        device: Where its tensors are.
         build: Makes the recorded graph callable on CPU; Inductor unless given.
 
     Attributes:
-        recorded: What stands for the function, by the form of its arguments.
+        recorded: What stands for the function, by the values that it takes.
 
     Raises:
         RuntimeError: At the first call: `step` draws random numbers, takes a tensor's value by
-            `item()` or as a condition, or the compiler fails.
+            `item()` or as a condition, moves a tensor to other memory, or the compiler fails.
     """
 
-    def __init__(self, step: Step, build: Build | None = None) -> None:
+    def __init__(
+        self, step: Step, device: torch.device | str = "cpu", build: Build | None = None
+    ) -> None:
         self._step = step
+        self._device = torch.device(device)
         self._build = build or _inductor
         self.recorded: dict[tuple[Any, ...], _Recorded] = {}
 
-    def __call__(self, *arguments: Any) -> dict[str, Tensor]:
-        """What the function returns for these arguments."""
-        inputs: list[Tensor] = []
-        key: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                inputs.append(argument)
-            elif isinstance(argument, tuple):
-                inputs += argument
-            else:
-                key.append(argument)
-        key += [(x.shape, x.stride(), x.dtype) for x in inputs]
-        recorded = self.recorded.get(tuple(key))
-        if recorded is None or not recorded.current():
-            record = self._capture if inputs[0].is_cuda else self._trace
-            recorded = self.recorded[tuple(key)] = record(arguments, inputs)
-        return dict(zip(recorded.names, recorded.run(*inputs), strict=True))
+    def __call__(self, *values: Any) -> dict[str, Tensor]:
+        """What the function returns for these values."""
+        recorded = self.recorded.get(values)
+        if recorded is None:
+            record = self._trace if self._device.type == "cpu" else self._capture
+            recorded = self.recorded[values] = record(values)
+        return dict(zip(recorded.names, recorded.run(), strict=True))
+
+    def renew(self) -> None:
+        """Look whether all memory is where it was; what was recorded of other memory is dropped.
+
+        A function that moves memory itself, as a target network does that follows its online
+        network to another place, must have done so before.
+        """
+        self.recorded = {key: one for key, one in self.recorded.items() if one.current()}
 
     @torch.enable_grad()  # what differentiates a loss is part of it
-    def _trace(self, arguments: Sequence[Any], inputs: list[Tensor]) -> "_Recorded":
-        """Record the operations as a graph of the inputs and of all memory that is touched."""
-        rehearsal = _rehearse(self._step, arguments, inputs)
-        memory = [*rehearsal.memory.values()]
+    def _trace(self, values: Sequence[Any]) -> "_Recorded":
+        """Record the operations as a graph of all memory that is touched."""
+        rehearsal = _rehearse(self._step, values)
+        memory, places = [*rehearsal.memory.values()], rehearsal.places()
         names: list[str] = []
 
         def step(*tensors: Tensor) -> list[Tensor]:
-            stand_ins = dict(zip(rehearsal.memory, tensors, strict=False))
-            with _StandIns(stand_ins):
-                results = self._step(*_like(arguments, iter(tensors[len(memory) :])))
+            with _StandIns(dict(zip(rehearsal.memory, tensors, strict=True))):
+                results = self._step(*values)
             names[:] = results
             return [*results.values()]
 
-        try:
-            graph = make_fx(step, tracing_mode="fake")(*memory, *inputs)
-        except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
-            raise RuntimeError("this cannot be one program: it reads a tensor's value") from error
-        run = self._build(graph, [*memory, *inputs])
-        return _Recorded(names, lambda *given: run(*memory, *given), rehearsal.places())
+        graph = make_fx(step, tracing_mode="fake")(*memory)
+        run = self._build(graph, memory)
+        return _Recorded(names, lambda: run(*memory), places)
 
     @torch.enable_grad()  # what differentiates a loss is part of it
-    def _capture(self, arguments: Sequence[Any], inputs: list[Tensor]) -> "_Recorded":
-        """Capture the kernels in a CUDA graph that reads the inputs from places of its own."""
-        device = inputs[0].device  # not always the current one, on which a capture would be empty
+    def _capture(self, values: Sequence[Any]) -> "_Recorded":
+        """Capture the kernels in a CUDA graph."""
+        device = self._device  # not always the current one, on which a capture would be empty
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # where libraries set themselves up, before the capture
-            rehearsal = _rehearse(self._step, arguments, inputs)
+            places = _rehearse(self._step, values).places()
         torch.cuda.current_stream(device).wait_stream(stream)
-        own = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            results = self._step(*_like(arguments, iter(own)))
+            results = self._step(*values)
         tensors = [*results.values()]
 
-        def run(*given: Tensor) -> list[Tensor]:
-            torch._foreach_copy_(own, given)
+        def run() -> list[Tensor]:
             graph.replay()
             return tensors
 
-        return _Recorded([*results], run, rehearsal.places())
+        return _Recorded([*results], run, places)
 
 
 @dataclass(frozen=True)
@@ -134,19 +133,23 @@ class _Recorded:
         return True
 
 
+# What it returns, or of what size, is known to nobody but the device.
+_BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
 class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what memory from before is touched, and keeps a copy of it.
+    """Notes what memory from before is touched, and keeps a copy of what is written to.
 
     Attributes:
         memory: By address of the storage, a tensor [N] of all of it.
     """
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.memory: dict[int, Tensor] = {}
-        self._copies: list[Tensor] = []
-        self._touched: dict[int, weakref.ref[Tensor]] = {}
-        self._others = {_address(x) for x in inputs} | {0}  # 0: of tensors without elements
+        self._copies: dict[int, Tensor] = {}
+        self._touched: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._others = {0}  # 0: of tensors without elements
         self._made: list[Tensor] = []  # kept, lest an address come up twice
 
     def __torch_dispatch__(
@@ -155,13 +158,16 @@ class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise RuntimeError("this cannot be one program: it draws random numbers")
+        if _BY_VALUE & set(func.tags) and func is not torch.ops.aten.index.Tensor:
+            raise RuntimeError("this cannot be one program: it reads a tensor's value")
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor) and (address := _address(x)) not in self._others:
                 if address not in self.memory:
-                    whole = x.new_empty(0).set_(x.untyped_storage())
-                    self.memory[address] = whole
-                    self._copies.append(whole.clone())
-                self._touched[id(x)] = weakref.ref(x)
+                    self.memory[address] = x.new_empty(0).set_(x.untyped_storage())
+                self._touched[id(x)] = weakref.ref(x), x.data_ptr()
+        for x in _written(func, args, kwargs):
+            if (address := _address(x)) in self.memory and address not in self._copies:
+                self._copies[address] = self.memory[address].clone()
         results = func(*args, **kwargs)
         for x in tree_leaves(results):
             if isinstance(x, Tensor) and _address(x) not in self.memory:
@@ -171,22 +177,38 @@ class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def undo(self) -> None:
         """Give all memory the values of before."""
-        for whole, copy in zip(self.memory.values(), self._copies, strict=True):
-            whole.copy_(copy)
-        self._copies, self._made = [], []
+        for address, copy in self._copies.items():
+            self.memory[address].copy_(copy)
+        self._copies, self._made = {}, []
 
     def places(self) -> list[tuple[weakref.ref[Tensor], int]]:
-        """The tensors that outlive the function, and where they lie."""
-        alive = [(ref, ref()) for ref in self._touched.values()]
-        return [(ref, tensor.data_ptr()) for ref, tensor in alive if tensor is not None]
+        """The tensors that outlive the function, and where they lie.
+
+        Raises:
+            RuntimeError: The function moved one of them.
+        """
+        alive = [(ref, ref(), place) for ref, place in self._touched.values()]
+        if any(tensor is not None and tensor.data_ptr() != place for _, tensor, place in alive):
+            raise RuntimeError("this cannot be one program: it moves a tensor's memory")
+        return [(ref, place) for ref, tensor, place in alive if tensor is not None]
 
 
-def _rehearse(step: Step, arguments: Sequence[Any], inputs: Sequence[Tensor]) -> _Rehearsal:
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to, by its schema."""
+    written = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            written += [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+    return written
+
+
+def _rehearse(step: Step, values: Sequence[Any]) -> _Rehearsal:
     """Run a function once, and undo what it did."""
-    rehearsal = _Rehearsal(inputs)
+    rehearsal = _Rehearsal()
     try:
         with rehearsal:
-            step(*arguments)
+            step(*values)
     finally:
         rehearsal.undo()
     gc.collect()  # so that of what it touched only that is left which outlives it
@@ -225,26 +247,19 @@ def _address(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _like(arguments: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    """The arguments, with other tensors in the places of theirs."""
-    return [
-        next(tensors)
-        if isinstance(argument, Tensor)
-        else type(argument)(*(next(tensors) for _ in argument))
-        if isinstance(argument, tuple)
-        else argument
-        for argument in arguments
-    ]
-
-
 def require_compiler() -> None:
     """Look for what Inductor needs on CPU.
 
     Raises:
         ValueError: There is no C++ compiler, or there are no headers of Python.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler  # a second, for those who want it
-    from torch._inductor.exc import InvalidCxxCompiler
+    try:  # a second, for those who want it
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError as error:
+        raise ValueError(
+            f"compile needs torch 2.11 to 2.13, here is {torch.__version__}: {error}"
+        ) from error
 
     try:
         get_cpp_compiler()
@@ -254,12 +269,14 @@ def require_compiler() -> None:
         raise ValueError("compile needs Python's headers: install python3-dev or what it is called")
 
 
-def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Run:
+def _inductor(
+    graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
+) -> Callable[..., Sequence[Tensor]]:
     from torch._inductor import compile as compiled
 
     graph = make_fx(graph, decomposition_table=_WRITTEN_OUT, tracing_mode="fake")(*inputs)
     # Its Python wrapper would cost more than the step of a small network.
-    run: Run = compiled(graph, [*inputs], options={"cpp_wrapper": True})
+    run: Callable[..., Sequence[Tensor]] = compiled(graph, [*inputs], options={"cpp_wrapper": True})
     return run
 
 
@@ -294,4 +311,6 @@ def _adam_(
             old.copy_(torch.where(finite, new, old))
 
 
-_WRITTEN_OUT = {torch.ops.aten._fused_adam_.default: _adam_}
+_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._fused_adam_.default: _adam_,
+}

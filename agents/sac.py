@@ -26,14 +26,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.agent import AgentConfig, check
+from agents.agent import AgentConfig, Turns, check
 from agents.networks import Critic, GaussianActor
 from agents.optimizers import Descent
 from agents.replay import Batch
-from agents.seeding import Purpose, generators, normal, uniform
-from agents.targets import target_networks
+from agents.seeding import Draw, Purpose, Streams, generators
+from agents.targets import target_every, target_networks
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class SAC:
         self.target_entropy = (
             -float(action_dim) if config.target_entropy is None else config.target_entropy
         )
-        self.exploration = generators(Purpose.EXPLORATION, seeds, device)
-        self.reparameterisation = generators(Purpose.UPDATE, seeds, device)
+        self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
+        self.reparameterisation = Streams(Purpose.UPDATE, seeds, device)
 
         init = generators(Purpose.INIT, seeds)
         self.actor = GaussianActor(obs_dim, action_dim, config.hidden, init).to(device)
@@ -86,6 +87,10 @@ class SAC:
         )
         self.targets = target_networks(config, {"critic": self.critic})
         self.critic_target = self.targets.get("critic", self.critic)
+        self.turns = Turns(target_every(config))
+        self.draws: list[Draw] = [
+            (self.reparameterisation, "normal", (2, config.batch_size, action_dim))
+        ]
         self.policy: nn.Module = self.actor
 
     def charts(self, step: int) -> dict[str, float]:
@@ -97,26 +102,22 @@ class SAC:
         """Sampled actions, uniform ones until learning starts: obs [S, n, O] -> [S, n, A]."""
         shape = (obs.shape[1], self.action_dim)
         if step < self.config.learning_starts:
-            return 2 * uniform(self.exploration, *shape) - 1
+            return 2 * self.exploration.uniform(*shape) - 1
         mean, log_std = self.actor(obs)
-        return torch.tanh(mean + log_std.exp() * normal(self.exploration, *shape))
+        return torch.tanh(mean + log_std.exp() * self.exploration.normal(*shape))
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
-        noise = normal(self.reparameterisation, 2, *batch.action.shape[1:])
-        tags = self.learn(batch, noise)
+        noise = self.reparameterisation.normal(2, *batch.action.shape[1:])
+        return self.learn(batch, noise, *self.turns.next())
 
-        # thetabar_i <- tau theta_i + (1 - tau) thetabar_i
-        for target in self.targets.values():
-            target.update()
-        return tags
-
-    def learn(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
-        """The gradient step without random draws, decisions and target updates.
+    def learn(self, batch: Batch, noise: Tensor, follow: bool) -> dict[str, Tensor]:
+        """The gradient step without random draws and decisions.
 
         Args:
             batch: Transitions.
             noise: Standard normal draws [S, 2, B, A], of the actions in s and in s'.
+            follow: Whether the target network is updated.
         """
         s, a, r, terminated, s_next = batch
 
@@ -126,7 +127,7 @@ class SAC:
         # temperature: J(alpha) = mean -log alpha (log pi(a_pi|s) + H-bar)
         log_alpha = self.temperature.log_alpha  # [S, 1]
         alpha = log_alpha.detach().exp()
-        alpha_loss = -(log_alpha * (log_pi.detach() + self.target_entropy)).mean(-1)  # [S]
+        alpha_loss = -log_alpha * (log_pi.detach() + self.target_entropy)  # [S, B]
         self.descent.step("temperature", alpha_loss)
 
         # y = r + gamma (min_i Qbar_i(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s'),
@@ -138,13 +139,20 @@ class SAC:
 
         # critics: J(theta) = mean sum_i 1/2 (Q_i(s, a) - y)^2
         q = self.critic(s, a)  # [S, 2, B]
-        critic_loss = (0.5 * (q - y.unsqueeze(1)).square()).sum(1).mean(-1)  # [S]
+        critic_loss = 0.5 * F.mse_loss(q, y.unsqueeze(1).expand_as(q), reduction="none").sum(
+            1
+        )  # [S, B]
         self.descent.step("critic", critic_loss)
 
         # actor: J(phi) = mean alpha log pi(a_pi|s) - min_i Q_i(s, a_pi)
         q_pi = self.critic(s, a_pi, held=True).min(1).values  # [S, B]
-        actor_loss = (alpha * log_pi - q_pi).mean(-1)  # [S]
+        actor_loss = alpha * log_pi - q_pi  # [S, B]
         self.descent.step("actor", actor_loss)
+
+        # thetabar_i <- tau theta_i + (1 - tau) thetabar_i
+        if follow:
+            for target in self.targets.values():
+                target.update()
         return {
             "losses/qf_loss": critic_loss.detach(),
             "losses/q_values": q.detach(),

@@ -4,10 +4,11 @@ A stream belongs to one seed and one purpose: what a seed draws does not depend 
 seeds are trained beside it, and drawing more for one purpose leaves the others as they were.
 """
 
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,10 +30,8 @@ class Purpose(IntEnum):
     POSTHOC = 8
 
 
-def generators(
-    purpose: Purpose, seeds: Sequence[int], device: torch.device | str = "cpu"
-) -> list[torch.Generator]:
-    """One torch generator per seed for this purpose.
+def generators(purpose: Purpose, seeds: Sequence[int]) -> list[torch.Generator]:
+    """One torch generator per seed for this purpose, on the CPU.
 
     Example:
         >>> first, second = generators(Purpose.INIT, [1, 2])
@@ -40,20 +39,168 @@ def generators(
         >>> torch.equal(torch.rand(3, generator=second), torch.rand(3, generator=alone))
         True
     """
-    states = [
-        np.random.SeedSequence((purpose, seed)).generate_state(1, np.uint64) for seed in seeds
-    ]
-    return [torch.Generator(device).manual_seed(int(state[0])) for state in states]
+    return [torch.Generator().manual_seed(_key(purpose, seed)) for seed in seeds]
 
 
-def normal(sources: Sequence[torch.Generator], *shape: int) -> Tensor:
-    """Standard normal draws [S, *shape], each seed's from its own generator and on its device."""
-    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in sources])
+Law = Literal["normal", "uniform", "integer"]
+_LOW = 2**32 - 1
 
 
-def uniform(sources: Sequence[torch.Generator], *shape: int) -> Tensor:
-    """Draws [S, *shape] from [0, 1), each seed's from its own generator and on its device."""
-    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in sources])
+class Streams:
+    """The random numbers that S seeds draw for one purpose, each from a stream of its own.
+
+    On the CPU a stream is a torch generator. On a device it is counted: its number i is a function
+    of its key and of i, SplitMix64's (Steele, Lea & Flood 2014,
+    https://doi.org/10.1145/2660193.2660195), so that one launch draws for all seeds, and for many
+    calls ahead. The numbers of the two are different ones.
+
+    Args:
+        purpose: What for.
+        seeds: One training seed per stream.
+        device: Where the numbers are made.
+
+    Attributes:
+        position: How many words of 64 bits each counted stream has used.
+
+    Example:
+        >>> both, alone = Streams(Purpose.UPDATE, [1, 2]), Streams(Purpose.UPDATE, [2])
+        >>> torch.equal(both.normal(3)[1], alone.normal(3)[0])
+        True
+    """
+
+    def __init__(
+        self, purpose: Purpose, seeds: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.counted = self.device.type != "cpu"
+        self.position = 0
+        self._generators = generators(purpose, seeds)
+        if self.counted:
+            keys = torch.tensor([[_key(purpose, seed) - 2**63] for seed in seeds])
+            self._keys = keys.to(device)  # [S, 1]
+            self._start = torch.zeros(1, dtype=torch.int64, device=device)
+            self._form: tuple[Any, ...] | None = None  # of the rows that were made ahead
+            self._rows: Iterator[Tensor] = iter(())
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers [S, *shape]."""
+        return self.draw("normal", shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers [S, *shape] from [0, 1)."""
+        return self.draw("uniform", shape)
+
+    def draw(self, law: Literal["normal", "uniform"], shape: tuple[int, ...]) -> Tensor:
+        """Numbers [S, *shape] by their law."""
+        if self.counted:
+            return self._next(law, shape)
+        make = torch.randn if law == "normal" else torch.rand
+        return torch.stack([make(shape, generator=g) for g in self._generators])
+
+    def below(self, high: int, calls: int, size: int) -> Tensor:
+        """What so many calls for `size` integers from [0, high) give: [calls, S, size]."""
+        if self.counted:
+            self.tell()
+            numbers = self.after("integer", calls, (size,)).remainder_(high)
+            self.use(size, calls=calls)
+            return numbers
+        shape = (calls, size)
+        draws = [torch.randint(high, shape, generator=g) for g in self._generators]
+        return torch.stack(draws, dim=1)
+
+    def tell(self) -> None:
+        """Tell the device the position of a counted stream."""
+        self._start.fill_(self.position)
+
+    def after(
+        self, law: Law, calls: int, shape: tuple[int, ...], *, skip: int = 0, every: int = 0
+    ) -> Tensor:
+        """What calls of a counted stream give after the position that the device was told.
+
+        Nothing is counted, so that it can be one program: see `use`.
+
+        Args:
+            law: Standard normal numbers, uniform ones from [0, 1), or 32 bits as integers.
+            calls: How many.
+            shape: Of each seed's numbers in a call.
+            skip: Words that go before the first of them.
+            every: Words from one call to the next; 0: they follow on each other.
+
+        Returns:
+            Numbers [calls, S, *shape].
+        """
+        count, words = math.prod(shape), words_of(shape)
+        first = torch.arange(calls, device=self.device).mul_(every or words).add_(self._start)
+        index = first.unsqueeze(1) + torch.arange(skip, skip + words, device=self.device)
+        bits = splitmix64(self._keys, index.unsqueeze(1))  # [calls, S, words]
+        high, low = bits.bitwise_right_shift(32).bitwise_and_(_LOW), bits.bitwise_and(_LOW)
+        if law == "normal":  # Box & Muller 1958
+            radius = high.add_(1).float().mul_(2**-32).log_().mul_(-2).sqrt_()
+            angle = low.float().mul_(2 * math.pi * 2**-32)
+            numbers = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1)
+        else:
+            numbers = torch.cat((high, low), dim=-1)
+            if law == "uniform":
+                numbers = numbers.bitwise_right_shift_(8).float().mul_(2**-24)
+        return numbers[..., :count].reshape(calls, -1, *shape)
+
+    def use(self, *shape: int, calls: int = 1) -> None:
+        """Count calls as made; of torch's generators they are counted by themselves."""
+        if self.counted:
+            self.position += calls * words_of(shape)
+
+    def _next(self, law: Law, shape: tuple[int, ...]) -> Tensor:
+        """One call, from those that were made ahead."""
+        if (row := next(self._rows, None) if self._form == (law, shape) else None) is None:
+            self._form = (law, shape)
+            self.tell()
+            self._rows = iter(self.after(law, ahead(len(self._keys), shape), shape))
+            row = next(self._rows)
+        self.use(*shape)
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each stream is."""
+        states = [generator.get_state() for generator in self._generators]
+        return {"position": self.position, "generators": states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, also on a device of another kind."""
+        self.position, self._form = int(state["position"]), None
+        for generator, place in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(place)
+
+
+Draw = tuple[Streams, Literal["normal", "uniform"], tuple[int, ...]]
+"""Numbers that a gradient step takes: from where, by which law, and the shape of each seed's."""
+
+
+def splitmix64(key: Tensor, index: Tensor) -> Tensor:
+    """Word number `index` of the stream that begins at `key`: 64 bits as a signed integer.
+
+    Example:
+        >>> word = splitmix64(torch.tensor([1234567]), torch.tensor([0, 1]))
+        >>> [int(x) % 2**64 for x in word]
+        [6457827717110365317, 3203168211198807973]
+    """
+    z = key + (index + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def ahead(seeds: int, shape: Sequence[int]) -> int:
+    """For how many calls numbers are made ahead: 64, or what makes some 16 million of them."""
+    return max(1, min(64, 2**24 // (seeds * math.prod(shape))))
+
+
+def words_of(shape: Sequence[int]) -> int:
+    """How many words a call for numbers of this shape takes: two numbers come from one."""
+    return -(-math.prod(shape) // 2)
+
+
+def _key(purpose: Purpose, seed: int) -> int:
+    return int(np.random.SeedSequence((purpose, seed)).generate_state(1, np.uint64)[0])
 
 
 def episode_seed(seed: int, env_index: int, episode: int) -> int:

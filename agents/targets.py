@@ -9,9 +9,9 @@ from polyak_rl import TargetNetwork
 
 
 def target_networks(
-    config: AgentConfig, online: Mapping[str, nn.Module], every: int = 1
+    config: AgentConfig, online: Mapping[str, nn.Module]
 ) -> dict[str, TargetNetwork]:
-    """The target networks that a config asks for; `update()` each of them once per gradient step.
+    """The target networks that a config asks for; `update()` them where `target_every` says so.
 
     | `config.target` | theta', from which values are bootstrapped |
     |---|---|
@@ -23,7 +23,6 @@ def target_networks(
         config: Its `target`, `tau`, `tau_end` and `target_update_every`. The way from `tau` to
             `tau_end` is the training loop's, which knows how long the run is.
         online: The networks theta by name.
-        every: Gradient steps between two updates of a soft target (TD3's delay).
 
     Returns:
         The target of each network by name; of "none" there is none.
@@ -42,30 +41,14 @@ def target_networks(
                 f"tau and tau_end are for a soft target, got tau {tau} and tau_end "
                 f"{config.tau_end} with target {config.target!r}"
             )
-        tau, every = 1.0, config.target_update_every
+        tau = 1.0
     else:
         raise ValueError(f"target must be soft, hard or none, got {config.target!r}")
     if config.target == "none":
         return {}
-    return {name: TargetNetwork(network, tau, every=every) for name, network in online.items()}
+    return {name: TargetNetwork(network, tau) for name, network in online.items()}
 
 
-class Clock(nn.Module):
-    """Counts gradient steps; a module, so that checkpoints keep the count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps = 0
-
-    def tick(self) -> int:
-        """Count one more, and say how many there were."""
-        self.steps += 1
-        return self.steps
-
-    def get_extra_state(self) -> int:
-        """The count."""
-        return self.steps
-
-    def set_extra_state(self, state: int) -> None:
-        """Go on from a saved count."""
-        self.steps = state
+def target_every(config: AgentConfig, soft: int = 1) -> int:
+    """Gradient steps between two updates of the target networks; `soft` those of soft ones."""
+    return config.target_update_every if config.target == "hard" else soft

@@ -23,15 +23,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.agent import check
+from agents.agent import Turns, check
 from agents.ddpg import DDPGConfig
 from agents.networks import Critic, DeterministicActor
 from agents.optimizers import Descent
 from agents.replay import Batch
-from agents.seeding import Purpose, generators, normal, uniform
-from agents.targets import Clock, target_networks
+from agents.seeding import Draw, Purpose, Streams, generators
+from agents.targets import target_every, target_networks
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class TD3:
         check(config)
         self.config = config
         self.action_dim = action_dim
-        self.exploration = generators(Purpose.EXPLORATION, seeds, device)
-        self.smoothing = generators(Purpose.UPDATE, seeds, device)
+        self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
+        self.smoothing = Streams(Purpose.UPDATE, seeds, device)
 
         init = generators(Purpose.INIT, seeds)
         self.actor = DeterministicActor(obs_dim, action_dim, config.hidden, init).to(device)
@@ -73,10 +74,11 @@ class TD3:
             {"critic": self.critic, "actor": self.actor}, config.learning_rate, len(seeds)
         )
         online = {"actor": self.actor, "critic": self.critic}
-        self.targets = target_networks(config, online, every=config.policy_delay)
+        self.targets = target_networks(config, online)
         self.actor_target = self.targets.get("actor", self.actor)
         self.critic_target = self.targets.get("critic", self.critic)
-        self.clock = Clock()
+        self.turns = Turns(config.policy_delay, target_every(config, soft=config.policy_delay))
+        self.draws: list[Draw] = [(self.smoothing, "normal", (config.batch_size, action_dim))]
         self.policy: nn.Module = self.actor
 
     def charts(self, step: int) -> dict[str, float]:
@@ -88,28 +90,25 @@ class TD3:
         """Noisy actions, uniform ones until learning starts: obs [S, n, O] -> [S, n, A]."""
         shape = (obs.shape[1], self.action_dim)
         if step < self.config.learning_starts:
-            return 2 * uniform(self.exploration, *shape) - 1
+            return 2 * self.exploration.uniform(*shape) - 1
         action: Tensor = self.actor(obs)
-        return (action + self.config.noise_std * normal(self.exploration, *shape)).clamp(-1, 1)
+        return (action + self.config.noise_std * self.exploration.normal(*shape)).clamp(-1, 1)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
-        noise = normal(self.smoothing, *batch.action.shape[1:])
-        actors_turn = self.clock.tick() % self.config.policy_delay == 0
-        tags = self.learn(batch, noise, actors_turn)
+        noise = self.smoothing.normal(*batch.action.shape[1:])
+        return self.learn(batch, noise, *self.turns.next())
 
-        # every d gradient steps: theta_i' <- tau theta_i + (1 - tau) theta_i', phi' likewise
-        for target in self.targets.values():
-            target.update()
-        return tags
-
-    def learn(self, batch: Batch, noise: Tensor, actors_turn: bool) -> dict[str, Tensor]:
-        """The gradient step without random draws, decisions and target updates.
+    def learn(
+        self, batch: Batch, noise: Tensor, actors_turn: bool, follow: bool
+    ) -> dict[str, Tensor]:
+        """The gradient step without random draws and decisions.
 
         Args:
             batch: Transitions.
             noise: Standard normal draws [S, B, A].
             actors_turn: Whether the actor takes a step too.
+            follow: Whether the target networks are updated.
         """
         c, (s, a, r, terminated, s_next) = self.config, batch
 
@@ -123,14 +122,19 @@ class TD3:
 
         # critics: L = mean sum_i (y - Q_i(s, a))^2
         q = self.critic(s, a)  # [S, 2, B]
-        critic_loss = (q - y.unsqueeze(1)).square().sum(1).mean(-1)  # [S]
+        critic_loss = F.mse_loss(q, y.unsqueeze(1).expand_as(q), reduction="none").sum(1)  # [S, B]
         self.descent.step("critic", critic_loss)
         tags = {"losses/qf_loss": critic_loss.detach(), "losses/q_values": q.detach()}
 
         # every d gradient steps, the actor: J = mean Q_theta1(s, pi_phi(s)), uphill:
         # grad_phi J = mean grad_a Q_theta1(s, a)|a=pi_phi(s) grad_phi pi_phi(s)
         if actors_turn:
-            actor_loss = -self.critic(s, self.actor(s), held=True)[:, 0].mean(-1)  # [S]
+            actor_loss = -self.critic(s, self.actor(s), held=True)[:, 0]  # [S, B]
             self.descent.step("actor", actor_loss)
             tags["losses/actor_loss"] = actor_loss.detach()
+
+        # every d gradient steps: theta_i' <- tau theta_i + (1 - tau) theta_i', phi' likewise
+        if follow:
+            for target in self.targets.values():
+                target.update()
         return tags

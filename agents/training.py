@@ -23,13 +23,14 @@ from agents.environments import (
     vector_env,
 )
 from agents.evaluation import MAX_STEPS, Evaluation, Evaluator, Stopped
+from agents.learner import Learner
 from agents.networks import stack_members
 from agents.nonfinite import NonFiniteError
 from agents.pixels import FrameReplay
 from agents.presets import ALGORITHMS
-from agents.program import Program, require_compiler
-from agents.replay import Batch, Replay
-from agents.seeding import Purpose, episode_seed, evaluation_seeds, generators
+from agents.program import require_compiler
+from agents.replay import Replay, Upload
+from agents.seeding import Purpose, Streams, episode_seed, evaluation_seeds
 
 EPISODES_SHOWN = 10_000
 """Points in a curve of training episodes beyond which some are left out."""
@@ -79,10 +80,13 @@ class TrainConfig:
     """environment steps between two readings of losses and speed"""
     device: str = "cpu"
     """where networks and replay buffer live, as torch names it"""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """of products on CUDA: float32, or TF32's 10 bits for speed; holds for the whole process"""
     compile: bool = False
-    """make the gradient step one program, for a constant learning rate; its numbers are read once.
-    On CPU it is compiled, by a C++ compiler in some ten seconds, each step the same to rounding; on
-    CUDA it is a captured graph"""
+    """make the gradient step one program, from sampling to the target networks, for a constant
+    learning rate; its numbers are read once. On CPU it is compiled, by a C++ compiler in some ten
+    seconds, twice where something is not due in every step, and each step is the same to rounding;
+    on CUDA it is a captured graph"""
 
 
 def crossings(before: int, after: int, every: int) -> int:
@@ -151,6 +155,10 @@ class Training:
         if config.on_nonfinite == "skip" and len(self.seeds) > 1:
             raise ValueError("on_nonfinite skip trains one seed: several would skip together")
         self.device = torch.device(config.device)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision(config.matmul_precision)
+        elif config.matmul_precision != "highest":
+            raise ValueError(f"matmul_precision {config.matmul_precision!r} is for CUDA only")
         if config.compile:
             _check_compile(config, self.device)
         self.envs = (
@@ -170,8 +178,6 @@ class Training:
         self.agent: Agent = agent_class(
             obs_dim, action_dim, agent_config, self.seeds, self.device, config.total_steps
         )
-        if config.compile:
-            self.agent.learn = Program(self.agent.learn)  # type: ignore[misc]
         replay_class: Any = FrameReplay if isinstance(obs_dim, tuple) else Replay
         self.replay: Replay = replay_class(
             capacity=max(config.n_envs, min(agent_config.buffer_size, config.total_steps)),
@@ -186,8 +192,12 @@ class Training:
                 f" is {agent_config.learning_starts}, and from there {agent_config.gradient_steps} "
                 f"gradient steps come every {agent_config.train_every} environment steps"
             )
+        sampling = Streams(Purpose.REPLAY, self.seeds, self.device)
+        self.learner = Learner(self.agent, self.replay, sampling, compiled=config.compile)
+        if config.compile and agent_config.tau_end is not None:
+            for target in self.agent.targets.values():  # a number would be read once
+                target.tau = torch.full((), agent_config.tau, device=self.device)
         self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.descent.optimizers.values()]
-        self.sampling = generators(Purpose.REPLAY, self.seeds, self.device)
 
         self.evaluator = Evaluator(
             config.env_id, self.interface, self.device, config.wrap, config.max_episode_steps
@@ -200,6 +210,7 @@ class Training:
         self.schemes: dict[str, Callable[[], Mapping[str, Tensor] | None]] = {
             "last": lambda: dict(self.agent.policy.named_parameters())
         }
+        self._upload = Upload(self.device)
         self.recorders: list[Callable[[], None]] = []
         self.diagnostics: list[Callable[[], Mapping[str, Tensor]]] = []
         self.stopping = False
@@ -238,28 +249,34 @@ class Training:
         before = self.step
         self._interact()
         if due := self._updates_due(before, self.step):
-            if self.config.compile:
-                self._require_as_recorded()
-            batch_size = self.agent.config.batch_size
-            for batch in self.replay.batches(batch_size, self.sampling, due):
-                self.gradient_step(batch)
+            self.learn(due)
         if self.logs and crossings(before, self.step, self.config.log_every):
             self._log_diagnostics()
         if self.eval_every and crossings(before, self.step, self.eval_every):
             self.evaluate()
 
-    def gradient_step(self, batch: Batch) -> None:
-        """Let the agent learn from a batch, and the recorders record what came of it."""
+    def learn(self, count: int) -> None:
+        """Take so many gradient steps, and let the recorders record what came of each."""
+        if self.config.compile:
+            self._require_as_recorded()
+        self.learner.begin(count)
+        for _ in range(count):
+            self._gradient_step()
+
+    def _gradient_step(self) -> None:
         if self.config.lr_decay == "linear":
             for optimizer, rate in self.rates:
                 optimizer.param_groups[0]["lr"] = rate * self._decay()
         if self.agent.config.tau_end is not None:
             for target in self.agent.targets.values():
-                target.tau = self._tau()
+                if isinstance(target.tau, Tensor):
+                    target.tau.fill_(self._tau())
+                else:
+                    target.tau = self._tau()
         if self.agent.descent.watch.full:
             self.require_finite()
-        self.losses |= self.agent.update(batch)  # what is rarer, TD3's actor loss, stays
-        self.agent.descent.watch.count(self.step)
+        self.losses |= self.learner.step()  # what is rarer, TD3's actor loss, stays
+        self.agent.descent.watch.count(self.step, noted=self.config.compile)
         self.updates += 1
         for record in self.recorders:
             record()
@@ -344,16 +361,17 @@ class Training:
         if self.step == 0 and not skip:
             require_finite(self.envs, 0, obs, obs, np.zeros(len(self.ended)), self.ended)
         seen = np.nan_to_num(obs, posinf=0, neginf=0) if skip else obs
-        action = self.agent.explore(torch.from_numpy(seen).to(self.device), self.step).cpu().numpy()
+        action = self.agent.explore(self._upload(torch.from_numpy(seen)), self.step).cpu().numpy()
         observed, reward, terminated, truncated, info = self.envs.step(
             self.interface.to_env(action.reshape(-1, *action.shape[2:]))
         )
         self.obs = next_obs = self._observations(observed)
         ended = terminated | truncated
+        some_ended = bool(ended.any())
         real = np.ones(len(ended), dtype=bool)
         if self.autoreset == AutoresetMode.NEXT_STEP:
             real = ~self.ended  # the step after an end only resets: it is no transition at all
-        elif ended.any():
+        elif some_ended:
             # `observed` already begins the next episode there; the transition ends in the old one
             next_obs, final = next_obs.copy(), info.get("final_obs")
             if final is None:
@@ -385,7 +403,7 @@ class Training:
         self.episode_return[real] += reward[real]
         self.episode_length[real] += 1
         self.ended = ended
-        if ended.any():
+        if some_ended:
             self._finish_episodes()
 
     def _finish_episodes(self) -> None:

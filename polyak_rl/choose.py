@@ -40,7 +40,7 @@ one that the episode sets, with its number as the seed: all candidates meet the 
 Where the candidates are weights of one network they can be played at once: `play` is then given
 the weights of a round by name, and :func:`polyak_rl.one_by_one` is not needed.
 
-What it is worth, by ``python -m scripts.choice scripts/results/results.csv.gz``, which replays the
+What it is worth, by ``python -m scripts.choice scripts/results/exploratory``, which replays the
 episodes of an exploratory study: in sixty runs of DQN on CartPole-v1, still learning at their end,
 shipping ``tail25`` instead of the last iterate gains .15 of the way from a random policy to the
 best score, choosing with 12 episodes .23, and with 36 episodes among averages and five late

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,10 +48,39 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch's writer hides it behind an error of its own
         raise
     _sync_folder(path.parent)
+
+
+def verify_archive(path: str | os.PathLike[str]) -> None:
+    """Compare what a file of ``torch.save`` holds with the checksums that are in it.
+
+    ``torch.load`` does not. Nothing of the content is parsed.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file, or it has changed since it was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type]
+            damaged = packed[0] if packed else archive.testzip()
+    except Exception as error:  # bytes that are no such file raise anything, EINVAL among it
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f"{os.fspath(path)} is damaged, or no file of torch.save: {error}"
+        ) from error
+    if damaged:
+        raise ValueError(f"{os.fspath(path)} is damaged: the checksum of {damaged!r} does not fit")
 
 
 def _sync_folder(folder: Path) -> None:

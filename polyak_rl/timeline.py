@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers
-from polyak_rl.files import write_whole
+from polyak_rl.files import verify_archive, write_whole
 from polyak_rl.guard import (
     Guard,
     all_finite,
@@ -491,6 +491,7 @@ def read_state(path: str | os.PathLike[str], format: str, what: str) -> dict[str
         OSError: the file cannot be read.
         ValueError: it holds something else, or is damaged.
     """
+    verify_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

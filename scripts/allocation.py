@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from polyak_rl.choose import rounds
 from scripts.choice import BASE, HELD_OUT, PRIOR, Group, affordable, grouped, halving, read
 from scripts.choice import table as markdown
-from scripts.stats import Floats
-from scripts.tidy import result_files
+from scripts.experiment.stats import Floats
+from scripts.experiment.tidy import result_files
 
 BUDGETS = (12, 36, 60)
 Ints = NDArray[np.int64]
@@ -48,7 +48,8 @@ The first candidate is the prior, to which ties go.
 
 def best_of(x: Floats, n: Ints) -> Ints:
     """The candidate with the highest mean of its first n returns, [P]; a tie goes to the first."""
-    return np.round(means(x, n), 9).argmax(axis=-1)
+    best: Ints = np.round(means(x, n), 9).argmax(axis=-1)
+    return best
 
 
 def means(x: Floats, n: Ints) -> Floats:
@@ -123,7 +124,9 @@ def top_two_thompson(mean: Floats, variance: Floats, n: Ints, rng: np.random.Gen
     """The best of a posterior draw, or half of the time the best of a later one that differs."""
 
     def sample() -> Ints:
-        return (mean + rng.standard_normal(mean.shape) * np.sqrt(variance / n)).argmax(axis=-1)
+        draw = mean + rng.standard_normal(mean.shape) * np.sqrt(variance / n)
+        best: Ints = draw.argmax(axis=-1)
+        return best
 
     first = sample()
     order = np.argsort(-mean, axis=-1)
@@ -140,7 +143,8 @@ def top_two_cost(mean: Floats, variance: Floats, n: Ints, rng: np.random.Generat
     gap = np.take_along_axis(mean, leader, axis=-1) - mean
     cost = gap**2 / (variance * (1 / n + 1 / np.take_along_axis(n, leader, axis=-1))) + np.log(n)
     np.put_along_axis(cost, leader, np.inf, axis=-1)
-    return np.where(rng.random(len(mean)) < 0.5, leader[:, 0], cost.argmin(axis=-1))
+    chosen: Ints = np.where(rng.random(len(mean)) < 0.5, leader[:, 0], cost.argmin(axis=-1))
+    return chosen
 
 
 def ocba(mean: Floats, variance: Floats, n: Ints, _: np.random.Generator) -> Ints:

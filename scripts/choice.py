@@ -13,7 +13,6 @@ Written are choice.png, the gain over the last iterate against the episodes spen
 
 # ruff: noqa: RUF001  (the text has minus signs and means them)
 
-import csv
 import math
 import sys
 from collections import defaultdict
@@ -28,17 +27,21 @@ import tyro
 from matplotlib.figure import Figure
 
 from polyak_rl.choose import choose, one_by_one, rounds
-from scripts import stats
-from scripts.figures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, STYLE
-from scripts.stats import Floats, Interval
-from scripts.tidy import BASE, COLUMNS, FEWEST, SCALES, open_text, result_files
+from scripts.experiment import stats
+from scripts.experiment.analysis import FEWEST
+from scripts.experiment.figures import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
+from scripts.experiment.schemes import LAST
+from scripts.experiment.stats import Floats, Interval
+from scripts.experiment.tidy import SCALES, read_table, result_files
+
+BASE = LAST.name
+SKY = "#56B4E9"  # of Okabe and Ito's as well
 
 BUDGETS = (0, 5, 12, 36, 60, 120)
 PRIOR = "tail25"
 HELD_OUT = 4  # fewer episodes than this do not score a choice
 LATE, LATEST = 0.2, 9  # of the past: evaluations in this share of the run, at most so many
 MARGIN = 0.2  # standard deviations of the last iterate over runs: smaller does not matter
-NAMES = {"uniform0": "all"} | {f"suffix{n}": f"tail{n}" for n in (5, 10, 25, 50, 75, 90)}
 NOT_SHIPPED = ("placebo", "best", "line")  # beginnings of schemes that are no candidates
 CHECKPOINT = "checkpoint"
 PAST = ("window", CHECKPOINT)  # beginnings of schemes that are of the past
@@ -119,29 +122,22 @@ def read(files: Iterable[Path]) -> list[Run]:
     """The runs in tidy rows, in order of their names."""
     rows: dict[tuple[str, ...], dict[int, dict[str, dict[str, float]]]] = {}
     for path in files:
-        with open_text(path) as lines:
-            reader = csv.DictReader(lines)
-            if missing := [c for c in COLUMNS if c not in (reader.fieldnames or [])]:
-                raise ValueError(f"{path}: expected the columns {COLUMNS}, missing {missing}")
-            for row in reader:
-                key = (row["env"], row["algo"], row.get("variant") or "", row["run"])
-                step = int(number(row["step"], path, reader))
-                point = rows.setdefault(key, {}).setdefault(step, {})
-                name = NAMES.get(row["scheme"], row["scheme"])
-                point.setdefault(name, {})[row["episode"]] = number(row["return"], path, reader)
+        for place, row in read_table(path):
+            key = (row["env"], row["algo"], row.get("variant") or "", row["run"])
+            point = rows.setdefault(key, {}).setdefault(int(number(row["step"], place)), {})
+            episodes = point.setdefault(row["scheme"], {})
+            episodes[row["episode"]] = number(row["return"], place)
     return [as_run(key, points) for key, points in sorted(rows.items())]
 
 
-def number(text: str, path: Path, reader: "csv.DictReader[str]") -> float:
+def number(text: str, place: str) -> float:
     """A finite number of a row."""
     try:
         value = float(text)
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(
-            f"{path}, line {reader.line_num}: step and return must be finite, got {text!r}"
-        )
+        raise ValueError(f"{place}: step and return must be finite, got {text!r}")
     return value
 
 
@@ -186,7 +182,13 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 Deal = dict[str, Floats]  # candidate -> returns in the order in which they are dealt out
 
 
-play = one_by_one(lambda row, episodes: row[episodes.start : episodes.stop])
+def dealt(row: Floats, episodes: range) -> list[float]:
+    """The returns of these episodes."""
+    returns: list[float] = row[episodes.start : episodes.stop].tolist()
+    return returns
+
+
+play = one_by_one(dealt)
 
 
 def affordable(names: Sequence[str], budget: int) -> list[str]:

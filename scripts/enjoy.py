@@ -1,22 +1,30 @@
 """Watch, record or score a trained policy: python -m scripts.enjoy runs/<run>."""
 
-import json
+import functools
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 import tyro
 from gymnasium.wrappers import RecordVideo
 from torch import nn
 
 from agents import evaluation
-from agents.environments import Interface, interface, make_env
-from agents.presets import ALGORITHMS
+from agents.environments import EnvironmentFault, make_env
+from scripts.experiment.finished import FinishedRun, read
+from scripts.experiment.life import printable
+from scripts.experiment.paths import own_folder
+from scripts.experiment.terminal import unfailing_output
+
+VIDEOS = "videos"
+"""The folder of videos in a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,9 @@ class Options:
 
     run: tyro.conf.Positional[Path]
     """the run's folder"""
+    policy: str | None = None
+    """last, shipped, a scheme such as tail25 or window80, or a rule such as tail:0.3; None: what
+    was shipped, or else the last"""
     episodes: int = 5
     """how many episodes"""
     seed: int = 0
@@ -33,87 +44,102 @@ class Options:
     """show them in a window"""
     video: bool = False
     """record them to the run's folder, videos/"""
+    trust: bool = False
+    """import the module that the run's environment names, as in my_module:My-v0"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.enjoy")
+    with unfailing_output():
+        return command(tyro.cli(Options, args=argv, prog="python -m scripts.enjoy"))
+
+
+def command(options: Options) -> int:
+    """Do what a command line asks for; returns the exit code."""
     try:
         if options.episodes < 1 or options.seed < 0:
             raise ValueError(
                 "episodes must be at least 1 and seed at least 0, "
                 f"got {options.episodes} and {options.seed}"
             )
-        policy, env_id, algo = load_policy(options.run)
-        folder = options.run / "videos" if options.video else None
+        run = read(options.run, trust=options.trust)
+        which = options.policy or run.default
+        policy = run.policy(which)
+        print(f"policy: {named(run, which)}")
         seeds = range(options.seed, options.seed + options.episodes)
-        env = open_env(env_id, folder, render=options.render)
+        with ExitStack() as stack:
+            if options.video:
+                env = stack.enter_context(recorded(run, options.run / VIDEOS))
+            else:
+                make = functools.partial(drawn_env, "human") if options.render else make_env
+                env = stack.enter_context(closing(make(run.env_id, run.wrap)))
+            returns = []
+            for seed, (total, length) in zip(seeds, play(run, policy, env, seeds), strict=True):
+                returns.append(total)
+                print(f"episode seed {seed}: return {total:.1f} in {length} steps")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    returns = []
-    for seed, (total, length) in zip(seeds, play(policy, env, algo, seeds), strict=True):
-        returns.append(total)
-        print(f"episode seed {seed}: return {total:.1f} in {length} steps")
-    env.close()
+    except EnvironmentFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"mean return {np.mean(returns):.1f} over {len(returns)} episodes")
-    if folder:
-        print(f"videos: {folder}")
+    if options.video:
+        print(f"videos: {options.run / VIDEOS}")
     return 0
 
 
-def load_policy(run: Path) -> tuple[nn.Module, str, str]:
-    """The policy of a run, its environment's name and its algorithm.
-
-    Raises:
-        ValueError: The folder does not hold a run that has been finished, or a file is damaged.
-    """
-    for name in ("config.json", "policy.pt"):
-        if not (run / name).is_file():
-            raise ValueError(f"{run} is not the folder of a finished run: it has no {name}")
-    try:
-        record = json.loads((run / "config.json").read_text())
-        agent_class, config_class = ALGORITHMS[record["algo"]]
-        values = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in record["agent"].items()
-        }
-        env_id = record["run"]["env_id"]
-        spaces = _interface(make_env(env_id), record["algo"])
-        agent = agent_class(
-            spaces.obs_dim, spaces.action_dim, config_class(**values), [record["seed"]], "cpu", 1
-        )
-        weights = torch.load(run / "policy.pt", weights_only=True, map_location="cpu")
-        agent.policy.load_state_dict(weights)
-    except Exception as error:  # damaged files raise anything
-        raise ValueError(f"the run in {run} cannot be read: {error}") from error
-    return agent.policy, env_id, record["algo"]
+def named(run: FinishedRun, which: str) -> str:
+    """What is played, in words."""
+    if which != "shipped":
+        return which
+    return f"shipped, {printable(str(run.choice['choice']['winner']))}"
 
 
-def open_env(env_id: str, video_folder: Path | None, *, render: bool = False) -> gym.Env[Any, Any]:
-    """The environment, recorded to a folder or shown in a window if asked for.
+def record(run: FinishedRun, policy: nn.Module, seeds: Sequence[int], folder: Path) -> None:
+    """Record episodes of a policy to a folder, made if it is not there."""
+    with recorded(run, folder) as env:
+        list(play(run, policy, env, seeds))
+
+
+@contextmanager
+def recorded(run: FinishedRun, folder: Path) -> Iterator[gym.Env[Any, Any]]:
+    """An environment whose episodes are recorded to a folder, made if it is not there.
+
+    The files are made in a new folder, and take their places when the environment is closed: a link
+    that is there is replaced, not followed.
 
     Raises:
         ValueError: It cannot be drawn here.
+        OSError: The folder is a link, or cannot be written.
     """
-    if video_folder:
-        return RecordVideo(
-            drawn_env(env_id, "rgb_array"),
-            str(video_folder),
+    own_folder(folder)
+    with TemporaryDirectory(dir=folder) as temporary:
+        new = Path(temporary, "new")  # RecordVideo warns of a folder that is there
+        env = RecordVideo(
+            drawn_env("rgb_array", run.env_id, run.wrap),
+            str(new),
             episode_trigger=lambda episode: True,
             disable_logger=True,
         )
-    return drawn_env(env_id, "human") if render else make_env(env_id)
+        with closing(env):
+            yield env
+        for video in new.iterdir():
+            video.replace(folder / video.name)
 
 
-def drawn_env(env_id: str, mode: str) -> gym.Env[Any, Any]:
+def drawn_env(mode: str, env_id: str, wrap: Sequence[str] = ()) -> gym.Env[Any, Any]:
     """The environment in a render mode that has been seen to work.
 
     Raises:
         ValueError: It cannot be drawn here.
     """
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}:
+        if mode == "human":
+            raise ValueError("there is no display here for a window: use --video")
+        os.environ.setdefault("MUJOCO_GL", "egl")  # which draws without one
     try:
-        env = make_env(env_id, render_mode=mode)
+        env = make_env(env_id, wrap, render_mode=mode)
         env.reset(seed=0)
         env.render()  # fails now rather than after training
     except Exception as error:  # whatever the graphics stack raises
@@ -122,21 +148,17 @@ def drawn_env(env_id: str, mode: str) -> gym.Env[Any, Any]:
 
 
 def play(
-    policy: nn.Module, env: gym.Env[Any, Any], algo: str, seeds: Iterable[int]
+    run: FinishedRun, policy: nn.Module, env: gym.Env[Any, Any], seeds: Iterable[int]
 ) -> Iterable[tuple[float, int]]:
     """Play an episode per seed with the deterministic actions of a policy of one member.
 
     Yields:
         The return and length of each episode.
     """
-    spaces = _interface(env, algo)
     for seed in seeds:
-        played = evaluation.play(policy, [env], spaces, np.array([[seed]]))
+        episode = np.array([[seed]])
+        played = evaluation.play(policy, [env], run.interface, episode, max_steps=run.max_steps)
         yield played.returns.item(), played.lengths.item()
-
-
-def _interface(env: gym.Env[Any, Any], algo: str) -> Interface:
-    return interface(env.observation_space, env.action_space, algo)
 
 
 if __name__ == "__main__":

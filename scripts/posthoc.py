@@ -2,30 +2,35 @@
 
     python -m scripts.posthoc runs/RUN --rule tail:0.3 --rule ema:half_life=2000
 
-The run's timeline answers for every rule without training again. All policies play the same
-episodes, which are not those of the run's own evaluations. The spread is over the episodes of this
-one run: whether averaging helps is a question for several runs (`scripts.compare`).
+The run's timeline answers for every rule without training again; names of schemes (window80, ema1)
+and what was shipped can be asked for too. All policies play the same episodes, which are neither
+those of the run's own evaluations nor those of an earlier call. The spread is over the episodes of
+this one run: whether averaging helps is a question for several runs (`scripts.compare`).
 """
 
 import csv
-import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from io import StringIO
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from agents.environments import interface, make_env
-from agents.evaluation import Evaluator
+from agents.environments import EnvironmentFault
 from agents.networks import stack_members
-from agents.seeding import Purpose, evaluation_seeds
-from polyak_rl import Timeline, parse_rule
-from scripts.enjoy import load_policy
+from polyak_rl.files import write_whole
+from scripts.experiment.episodes import first_episode, note_call, seeds_of
+from scripts.experiment.finished import FinishedRun, read
+from scripts.experiment.locks import Hold
+from scripts.experiment.terminal import unfailing_output
 
 
 @dataclass(frozen=True)
@@ -35,60 +40,80 @@ class Options:
     run: tyro.conf.Positional[Path]
     """the run's folder"""
     rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """uniform, uniform:start=5000, tail:0.3, ema:half_life=2000, ...; repeat it for several"""
+    """uniform, uniform:start=5000, tail:0.3, ema:half_life=2000, ..., a scheme, or shipped; repeat
+    it for several; none: tail:0.25"""
     episodes: int = 100
     """episodes for each"""
+    again: int | None = None
+    """the number of an earlier call, to play its episodes once more"""
+    trust: bool = False
+    """import the module that the run's environment names, as in my_module:My-v0"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.posthoc", description=__doc__)
+    with unfailing_output():
+        prog = "python -m scripts.posthoc"
+        return command(tyro.cli(Options, args=argv, prog=prog, description=__doc__))
+
+
+def command(options: Options) -> int:
+    """Do what a command line asks for; returns the exit code."""
     try:
         if options.episodes < 2:
             raise ValueError(f"episodes must be at least 2, got {options.episodes}")
-        returns = evaluate(options.run, options.rule or ("tail:0.5",), options.episodes)
-        path = options.run / "posthoc.csv"
-        with path.open("w", newline="") as file:
-            lines = csv.writer(file)
+        run = read(options.run, trust=options.trust)
+        rules = options.rule or ("tail:0.25",)
+        with closing(Hold()) as held:
+            held.take(run.path)
+            first = first_episode(run.path, options.again)
+            numbers = range(first, first + options.episodes)
+            returns = evaluate(run, rules, numbers)
+            call = note_call(run.path, "posthoc", first, len(numbers))
+            path = run.path / "posthoc.csv"
+            text = StringIO()
+            lines = csv.writer(text)
             lines.writerow(("rule", "episode", "return"))
             for rule, row in returns.items():
-                lines.writerows((rule, i, float(value)) for i, value in enumerate(row))
+                lines.writerows(zip(repeat(rule), numbers, row.tolist(), strict=False))
+            with write_whole(path) as file:
+                file.write(text.getvalue().encode())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Console().print(table(returns, options.run))
+    except EnvironmentFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    Console().print(table(returns, f"{run.path.name}, call {call}"))
     print(f"Written: {path}")
     return 0
 
 
-def evaluate(run: Path, rules: Sequence[str], episodes: int) -> dict[str, NDArray[np.float64]]:
+def evaluate(
+    run: FinishedRun, rules: Sequence[str], episodes: range
+) -> dict[str, NDArray[np.float64]]:
     """The returns [episodes] of the last policy and of each rule's, on the same episodes.
 
-    Raises:
-        ValueError: No finished run with a timeline is there, or a rule is wrong or too fine.
-    """
-    averages = {text: parse_rule(text) for text in rules}
-    policy, env_id, algo = load_policy(run)
-    if not (run / "timeline.pt").is_file():
-        raise ValueError(f"{run} has no timeline.pt: it was trained without one, or has not ended")
-    timeline = Timeline.load(run / "timeline.pt", policy, max_bytes=1 << 36)
-    states = {"last": dict(policy.named_parameters())}
-    states |= {text: timeline.average(rule) for text, rule in averages.items()}
+    Args:
+        run: Whose weights.
+        rules: As `FinishedRun.weights` takes them.
+        episodes: Their numbers.
 
-    env = make_env(env_id)
-    evaluator = Evaluator(env_id, interface(env.observation_space, env.action_space, algo))
-    seed = json.loads((run / "config.json").read_text())["seed"]
-    seeds = evaluation_seeds(env_id, seed, episodes, Purpose.POSTHOC)
-    members = stack_members(policy, list(states.values()))
-    result = evaluator.evaluate(members, np.tile(seeds, (len(states), 1)))
-    evaluator.close()
-    env.close()
+    Raises:
+        ValueError: There is no timeline, a file is damaged, or a rule is wrong or too fine.
+    """
+    _ = run.timeline
+    states = {which: run.weights(which) for which in ("last", *rules)}
+    members = stack_members(run.network, list(states.values()))
+    seeds = seeds_of(run.env_id, run.seed, episodes)
+    with closing(run.evaluator()) as evaluator:
+        result = evaluator.evaluate(members, np.tile(seeds, (len(states), 1)))
     return dict(zip(states, result.returns, strict=True))
 
 
-def table(returns: dict[str, NDArray[np.float64]], run: Path) -> Table:
+def table(returns: dict[str, NDArray[np.float64]], name: str) -> Table:
     """Means, and paired differences from the last iterate with their standard errors."""
-    shown = Table("policy", title=f"{run.name}: {len(returns['last'])} common episodes")
+    shown = Table("policy", title=f"{escape(name)}: {len(returns['last'])} common episodes")
     for heading in ("mean return", "worst", "difference from last", "standard error"):
         shown.add_column(heading, justify="right")
     for rule, row in returns.items():

@@ -16,7 +16,7 @@ at all) need no tuning and SGD does.
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +95,8 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Predict y, [B, 1], from x, [B, 1]."""
-        return self.linear3(torch.sigmoid(self.linear2(torch.sigmoid(self.linear1(x) + x))))
+        y: Tensor = self.linear3(torch.sigmoid(self.linear2(torch.sigmoid(self.linear1(x) + x))))
+        return y
 
 
 class Data(NamedTuple):
@@ -146,13 +147,13 @@ def rmse(network: Network, data: Data) -> float:
 def minibatches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield the indices of one epoch's batches; the full batch keeps the order of the data."""
     order = torch.randperm(size, generator=generator) if batch_size < size else torch.arange(size)
-    yield from order.split(batch_size)
+    yield from torch.split(order, batch_size)
 
 
 def step(optimizer: Optimizer, loss: Tensor) -> None:
     """Take a gradient step; Polyak's needs to see the loss."""
     optimizer.zero_grad()
-    loss.backward()
+    torch.autograd.backward(loss)
     optimizer.step(loss=loss) if isinstance(optimizer, PolyakSGD) else optimizer.step()
 
 
@@ -234,7 +235,7 @@ def draw(config: Config, data: Data, runs: dict[str, Run]) -> None:
         "uniform": f"uniform average (Polyak-Ruppert)\nfrom step {config.first_averaged_step}",
     }
     figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
-    fit, legend, *panels = axes[0, 0], axes[0, 2], axes[0, 1], *axes[1]
+    fit, legend, panels = axes[0, 0], axes[0, 2], [axes[0, 1], *axes[1].tolist()]
 
     name, run = next(iter(runs.items()))
     x = torch.linspace(-3, 3, 200)[:, None]
@@ -280,13 +281,14 @@ def print_notebook(run: Run, data: Data) -> None:
     print("The notebook calls its average Polyak-Ruppert: it is exponential.\n")
 
 
-def main(config: Config) -> None:
-    """Print both comparisons and draw the figure."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    config = tyro.cli(Config, args=argv, prog="python -m scripts.regression", description=__doc__)
     try:
         config.figure.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"regression: cannot write to {config.figure.parent}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     torch.set_num_threads(config.threads)
     data, initial = sample(config.seed)
     runs = {name: train(config, data, initial, make) for name, make in optimizers(config).items()}
@@ -313,9 +315,10 @@ def main(config: Config) -> None:
         "SGD, lr 1.0": lambda network: SGD(network.parameters(), lr=1.0),
     }.items():
         for seed in range(3):
-            epochs, error, loss = classify(make, seed)
-            print(f"{name:20} {seed:4} {error:15.1%} {loss:11.3g} {epochs:7}")
+            epochs, wrong, loss = classify(make, seed)
+            print(f"{name:20} {seed:4} {wrong:15.1%} {loss:11.3g} {epochs:7}")
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    sys.exit(main())

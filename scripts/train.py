@@ -2,7 +2,7 @@
 
     python -m scripts.train dqn --env-id CartPole-v1
     python -m scripts.train sac --env-id Pendulum-v1 --seed 2 --learning-rate 3e-4
-    python -m scripts.train dqn --env-id ALE/Pong-v5  # needs: pip install -e '.[train,atari]'
+    python -m scripts.train dqn --env-id ALE/Pong-v5  # needs the group atari
     python -m scripts.train --resume runs/RUN
 
 The defaults are the preset of the algorithm for the environment (agents/presets.py);
@@ -12,40 +12,44 @@ as if nothing had happened; of seeds trained together, RUN is the first one's fo
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
+import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 from tyro.conf import OmitArgPrefixes, subcommand
 
 from agents.averaging import default_rules, evaluate_averages, record_policy
-from agents.checkpoint import Checkpoints, newest, restore
+from agents.checkpoint import newest
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.environments import EnvironmentFault
+from agents.environments import EnvironmentFault, flattened
 from agents.malloc import keep_freed_memory
-from agents.networks import select_member, stack_members
 from agents.nonfinite import NonFiniteError
-from agents.presets import ALGORITHMS, preset
+from agents.presets import ALGORITHMS, describe_preset, preset
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from polyak_rl import PolicyAverages
-from scripts.enjoy import drawn_env, open_env, play
-from scripts.experiment.run_folder import RunFolder, new_run_folder
+from scripts.enjoy import VIDEOS, drawn_env, record
+from scripts.experiment import life
+from scripts.experiment.finished import read
+from scripts.experiment.life import Run
+from scripts.experiment.locks import Hold
+from scripts.experiment.run_folder import new_run_folder
+from scripts.experiment.shipping import require_enough, ship
+from scripts.experiment.terminal import unfailing_output, whole_numbers
+from scripts.experiment.trust import require_trusted
 
 DEFAULT_ENV = {
     "dqn": "CartPole-v1",
@@ -84,111 +88,123 @@ class Options(Generic[AgentConfig]):
     and when stopped (Ctrl-C, SIGTERM)"""
     checkpoint_replay: bool = True
     """keep the replay buffer on disk too; without it a resumed run is not the same"""
+    ship: int | None = None
+    """at the end choose the weights to ship on so many episodes, as scripts.ship does; 0: tail25,
+    unseen"""
     video: bool = False
-    """record an episode of the final policy"""
-
-
-@dataclass
-class Run:
-    """A training and all that is kept of it."""
-
-    algo: str
-    options: Options[Any]
-    training: Training
-    averages: PolicyAverages | None
-    folders: list[RunFolder]
-    checkpoints: Checkpoints
-    lock: IO[str]
-    """held by this process as long as it is open"""
-    tried_at: int
-    """environment step of the last checkpoint, written or not"""
-
-    def save(self) -> None:
-        """Write a checkpoint; training goes on where that fails."""
-        self.tried_at = self.training.step
-        try:
-            for folder in self.folders:
-                folder.sync()
-            self.checkpoints.save()
-        except OSError as error:
-            at = f"step {self.training.step:,} of {self.checkpoints.folder}"
-            print(f"warning: the checkpoint at {at} was not written: {error}", file=sys.stderr)
+    """record an episode of the final policy, or of what is shipped"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """The command line; returns the exit code, which nothing that is printed can change."""
+    with unfailing_output():
+        return command(whole_numbers(sys.argv[1:] if argv is None else argv))
+
+
+def command(argv: Sequence[str]) -> int:
+    """Do what a command line asks for; returns the exit code."""
     try:
-        path = folder_to_resume(argv)
-        run = set_up(*parse(argv)) if path is None else resume(path)
-    except (ValueError, OSError) as error:
+        path, trust = folder_to_resume(argv)
+        started = set_up(*parse(argv)) if path is None else resume(path, trust=trust)
+    except (ValueError, OSError, EnvironmentFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if run is None:
+    if started is None:
         print(f"{path} has finished: there is nothing to resume.")
         return 0
 
+    run, options = started
+    print(describe_preset(run.algo, options.run.env_id))
+    if line := flattened(run.training.envs):
+        print(line)
+    with closed_in_the_end(run):
+        try:
+            return train(run, options)
+        except (NonFiniteError, EnvironmentFault) as error:
+            print(f"error: {error}", file=sys.stderr)
+            print(
+                f"The last good checkpoint is of step {run.checkpoints.step:,}. From there it "
+                "happens again, for a debugger.",
+                file=sys.stderr,
+            )
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+        print(how_to_go_on(run), file=sys.stderr)
+        return 1
+
+
+@contextmanager
+def closed_in_the_end(run: Run) -> Iterator[None]:
+    """Close a run; an environment that raises even then changes nothing of what was kept."""
     try:
-        return train(run)
-    except (NonFiniteError, EnvironmentFault) as error:
-        print(f"error: {error}", file=sys.stderr)
-        print(
-            f"The last good checkpoint is of step {run.checkpoints.step:,}. From there it happens "
-            "again, for a debugger.",
-            file=sys.stderr,
-        )
-        print(how_to_go_on(run), file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        print(how_to_go_on(run), file=sys.stderr)
-        return 1
+        yield
+    finally:
+        try:
+            run.close()
+        except EnvironmentFault as error:
+            print(f"warning: {error}", file=sys.stderr)
 
 
-def train(run: Run) -> int:
+def train(run: Run, options: Options[Any]) -> int:
     """Train to the end or until stopped, and leave what there is; returns the exit code."""
-    training, started = run.training, time.perf_counter()
-    with contextlib.closing(training), contextlib.ExitStack() as stack:
-        stack.enter_context(run.lock)
-        for folder in run.folders:
-            stack.enter_context(contextlib.closing(folder))
-        with stops_on_interrupt(training) as signals:
-            train_with_progress(run)
-            completed = training.step >= training.config.total_steps
-            if not completed:
-                run.save()  # first: whoever asked to stop may not wait
-            for member, folder in enumerate(run.folders):
-                keep(training, run.averages, member, folder, completed=completed)
-            if completed:
-                run.save()  # last: it says that all is done
-        seconds = time.perf_counter() - started
-        for member, folder in enumerate(run.folders):
-            if run.options.video:
-                record(run.algo, training, member, folder)
-            print(summary(run.algo, training, member, folder, seconds))
-    print(how_to_see(run.folders))
-    if completed:
-        return 0
-    print(how_to_go_on(run))
-    return 128 + signals[0]
+    training, began = run.training, time.perf_counter()
+    with life.stops_when_asked(training) as signals:
+        train_with_progress(run, options)
+        completed = training.step >= training.config.total_steps
+        if not completed:
+            run.try_to_save()  # first: whoever asked to stop may not wait
+        run.keep(completed=completed)
+        if completed:
+            run.try_to_save()  # last: it says that all is done
+    seconds = time.perf_counter() - began
+    code = 0 if completed else 128 + signals[0]
+    for member in range(len(run.folders)):
+        print(summary(run, member, seconds))
+        try:
+            hand_over(run, member, options)
+        except (ValueError, OSError, EnvironmentFault) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = code or 1
+    print(how_to_see(run))
+    if not completed:
+        print(how_to_go_on(run))
+    return code
 
 
-def folder_to_resume(argv: Sequence[str]) -> Path | None:
-    """The folder after --resume.
+def hand_over(run: Run, member: int, options: Options[Any]) -> None:
+    """Choose the weights to ship of a seed's run, and record an episode, where that is asked for.
+
+    Raises:
+        ValueError: What the run left, or an environment, is not as it should be.
+    """
+    training = run.training
+    due = options.ship is not None and training.step >= training.config.total_steps
+    if not due and not options.video:
+        return
+    finished = read(run.folders[member].path, trust=True)  # this very run
+    if due:
+        print(ship(finished, options.ship or 0))
+    if options.video:
+        policy, seeds = finished.policy(finished.default), training.eval_seeds[member, :1]
+        record(finished, policy, seeds.tolist(), finished.path / VIDEOS)
+
+
+def folder_to_resume(argv: Sequence[str]) -> tuple[Path | None, bool]:
+    """The folder after --resume, and whether --trust stands beside it.
 
     Raises:
         ValueError: Something else is asked for besides.
     """
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scan.add_argument("--resume", type=Path, default=None)
+    scan.add_argument("--trust", action="store_true")
     try:
         known, others = scan.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(f"--resume takes the folder of a run: {error.message}") from error
     if known.resume is not None and others:
         raise ValueError(f"--resume goes on as the run began: {' '.join(others)} cannot be changed")
-    path: Path | None = known.resume
-    return path
+    return known.resume, known.trust
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
@@ -209,10 +225,12 @@ def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
         | Annotated[Options[TD3Config], subcommand("td3", default=default("td3"))]
     )
     options: Options[Any] = tyro.cli(
-        OmitArgPrefixes[choice],  # type: ignore[valid-type]
+        OmitArgPrefixes[choice],  # type: ignore[misc]
         args=argv,
         prog="python -m scripts.train",
-        description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment.",
+        description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment. "
+        "A run that was stopped or killed goes on with: python -m scripts.train --resume RUN "
+        "(--trust, if its environment is of a module of yours).",
     )
     if options.threads < 1:
         raise ValueError(f"threads must be at least 1, got {options.threads}")
@@ -245,6 +263,8 @@ def chosen_seeds(options: Options[Any]) -> tuple[int, ...]:
         ValueError: They are not written as 1..20 or 1,5,7, or several were not asked for together.
     """
     if options.seeds is None:
+        if options.together:
+            raise ValueError("--together needs several seeds, such as --seeds 1..20")
         return (options.seed,)
     try:
         if ".." in options.seeds:
@@ -253,7 +273,9 @@ def chosen_seeds(options: Options[Any]) -> tuple[int, ...]:
         else:
             seeds = tuple(map(int, options.seeds.split(",")))
     except ValueError:
-        raise ValueError(f"seeds must be like 1..20 or 1,5,7, got {options.seeds!r}") from None
+        seeds = ()
+    if not seeds:
+        raise ValueError(f"seeds must be like 1..20 or 1,5,7, got {options.seeds!r}")
     if len(seeds) > 1 and not options.together:
         raise ValueError("several seeds in one process need --together; or start one process each")
     return seeds
@@ -264,10 +286,14 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
     if options.checkpoint_every < 0:
         raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
     if options.video:
-        drawn_env(options.run.env_id, "rgb_array").close()
+        drawn_env("rgb_array", options.run.env_id, options.run.wrap).close()
+    if options.ship is not None and not options.averages:
+        raise ValueError("ship chooses among averages: it cannot be with no-averages")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     training = Training(algo, options.agent, options.run, chosen_seeds(options))
+    if options.ship is not None:
+        require_enough(options.ship, "actor" in training.agent.targets)
     if not options.averages:
         return training, None
     rules = default_rules(training.total_updates)
@@ -276,95 +302,72 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
     return training, averages
 
 
-def set_up(algo: str, options: Options[Any]) -> Run:
+def set_up(algo: str, options: Options[Any]) -> tuple[Run, Options[Any]]:
     """Build everything that can be refused; the run's folder is made last."""
     training, averages = build(algo, options)
-    folders: list[RunFolder] = []
-    try:
-        for seed in training.seeds:
-            path = new_run_folder(options.runs_dir, options.run.env_id, algo, seed)
-            try:
-                folders.append(RunFolder(path, algo, seed, options.run, options.agent))
-            except OSError:
+    paths: list[Path] = []
+    with ExitStack() as stack:
+        held = stack.enter_context(closing(Hold()))
+        try:
+            for seed in training.seeds:
+                env_id = options.run.env_id
+                root = options.runs_dir.expanduser()
+                paths.append(new_run_folder(root, env_id, algo, seed))
+                held.take(paths[-1])
+            values = dataclasses.asdict(options) | {"runs_dir": str(options.runs_dir)}
+            about = {"algo": algo, "options": values}
+            replay = options.checkpoint_replay
+            run = life.begin(training, averages, held, paths, about, replay=replay)
+            stack.callback(run.close)
+            run.save()  # from here on the run can be resumed
+        except (ValueError, OSError):
+            for path in paths:
                 shutil.rmtree(path, ignore_errors=True)
-                raise
-        about = {
-            "algo": algo,
-            "options": dataclasses.asdict(options) | {"runs_dir": str(options.runs_dir)},
-            "folders": [folder.path.name for folder in folders],
-        }
-        checkpoints = Checkpoints(
-            folders[0].path / "checkpoint",
-            training,
-            averages,
-            about,
-            replay=options.checkpoint_replay,
-        )
-        held = lock(folders[0].path)
-        checkpoints.save()  # from here on the run can be resumed
-    except (ValueError, OSError):
-        for folder in folders:
-            folder.close()
-            shutil.rmtree(folder.path, ignore_errors=True)
-        raise
-    training.logs = tuple(folders)
-    return Run(algo, options, training, averages, folders, checkpoints, held, training.step)
+            raise
+        stack.pop_all()
+    return run, options
 
 
-def resume(path: Path) -> Run | None:
+def resume(path: Path, *, trust: bool = False) -> tuple[Run, Options[Any]] | None:
     """Build a run as its last checkpoint says, or None if it has finished.
 
     Nothing is written before everything has been read and verified.
+
+    Args:
+        path: The run's folder, of several seeds the first one's.
+        trust: Import the module that the run's environment names.
 
     Raises:
         ValueError: There is no checkpoint that can be used, or the run still goes on.
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not the folder of a run")
-    checkpoint, notes = newest(path / "checkpoint")
-    algo, options = recorded(checkpoint.about)
-    if checkpoint.step >= options.run.total_steps:
-        return None
-    resolve_device(options.run.device)
-    held = lock(path)
-    training, averages = build(algo, options)
-    notes += restore(checkpoint, training, averages)
-    paths = [path, *(path.parent / Path(name).name for name in checkpoint.about["folders"][1:])]
-    folders = [
-        RunFolder(each, algo, seed, options.run, options.agent, resume_at=training.step)
-        for each, seed in zip(paths, training.seeds, strict=True)
-    ]
-    training.logs = tuple(folders)
+    if not any((path / life.CHECKPOINT).glob("*.json")):
+        raise ValueError(f"there is no checkpoint in {path / life.CHECKPOINT}")
+    with ExitStack() as stack:
+        held = stack.enter_context(closing(Hold()))
+        held.take(path)  # then read: nobody else writes
+        checkpoint, notes = newest(path / life.CHECKPOINT)
+        algo, options = recorded(checkpoint.about)
+        paths = life.folders_of(path, checkpoint)
+        there = [each for each in paths if each.exists()]
+        kept = all(life.is_kept(each, checkpoint) for each in there)
+        if kept and checkpoint.step >= options.run.total_steps:
+            return None
+        for other in there[1:]:
+            held.take(other)
+        for name in (options.run.env_id, *options.run.wrap):
+            require_trusted(name, path, trust=trust)
+        resolve_device(options.run.device)
+        training, averages = build(algo, options)
+        parts = (training, averages, held, paths, checkpoint, notes)
+        run = life.go_on(*parts, replay=options.checkpoint_replay)
+        assert run is not None
+        stack.pop_all()
     print(f"Resumed at step {training.step:,}.")
-    for note in notes:
+    for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
-    with (path / "resumed.txt").open("a") as file:
-        exact = "; ".join(notes) or "exact"
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {training.step}: {exact}\n")
-    checkpoints = Checkpoints(
-        checkpoint.folder,
-        training,
-        averages,
-        checkpoint.about,
-        replay=options.checkpoint_replay,
-        after=checkpoint,
-    )
-    return Run(algo, options, training, averages, folders, checkpoints, held, training.step)
-
-
-def lock(folder: Path) -> IO[str]:
-    """Take a run for this process; the system gives it free when the process ends, however.
-
-    Raises:
-        ValueError: Another process has it.
-    """
-    file = (folder / "config.json").open()
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"{folder} is being trained by another process") from None
-    return file
+    return run, options
 
 
 def recorded(about: dict[str, Any]) -> tuple[str, Options[Any]]:
@@ -375,70 +378,22 @@ def recorded(about: dict[str, Any]) -> tuple[str, Options[Any]]:
     """
     try:
         algo, values = about["algo"], dict(about["options"])
-        agent = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("agent").items()}
-        run = TrainConfig(**values.pop("run"))
+        run: Any
+        agent: Any
+        run, agent = (
+            {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop(part).items()}
+            for part in ("run", "agent")
+        )
         values["runs_dir"] = Path(values["runs_dir"])
-        return algo, Options(run=run, agent=ALGORITHMS[algo][1](**agent), **values)
+        config: Any = ALGORITHMS[algo][1]
+        return algo, Options(run=TrainConfig(**run), agent=config(**agent), **values)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint is of another version of this program: {error}") from None
 
 
-def keep(
-    training: Training,
-    averages: PolicyAverages | None,
-    member: int,
-    folder: RunFolder,
-    *,
-    completed: bool,
-) -> None:
-    """Write a seed's last policy and timeline to its folder."""
-    folder.finish(member_policy(training, member).state_dict(), completed=completed)
-    if averages and averages.timeline and averages.timeline.updates:
-        policy = member_policy(training, member)
-        timeline = averages.timeline.member(member, like=policy)
-        timeline.save(folder.path / "timeline.pt", dtype=torch.float32)
-
-
-def record(algo: str, training: Training, member: int, folder: RunFolder) -> None:
-    """Record an episode of a seed's final policy."""
-    env = open_env(training.config.env_id, folder.path / "videos")
-    policy = member_policy(training, member).cpu()
-    list(play(policy, env, algo, training.eval_seeds[member, :1].tolist()))
-    env.close()
-
-
-def member_policy(training: Training, member: int) -> nn.Module:
-    """The policy of one seed, as a network of one member."""
-    state = training.agent.policy.state_dict()
-    return stack_members(training.agent.policy, [select_member(state, member, len(training.seeds))])
-
-
-@contextlib.contextmanager
-def stops_on_interrupt(training: Training) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM ends the run after the step under way, the second at once.
-
-    Yields:
-        The signals that came.
-    """
-    came: list[int] = []
-
-    def stop(signum: int, frame: Any) -> None:
-        came.append(signum)
-        if training.stopping:
-            raise KeyboardInterrupt
-        training.stopping = True
-
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def train_with_progress(run: Run) -> None:
+def train_with_progress(run: Run, options: Options[Any]) -> None:
     """Run the training under a progress bar with its speed and the latest return."""
-    training, every = run.training, run.options.checkpoint_every
+    training, every = run.training, options.checkpoint_every
     total = training.config.total_steps
     columns = (
         TextColumn("{task.description}"),
@@ -459,7 +414,7 @@ def train_with_progress(run: Run) -> None:
             nonlocal shown
             due = every and crossings(run.tried_at, training.step, every)
             if due and training.step < total:
-                run.save()
+                run.try_to_save()
             now = time.perf_counter()
             if now - shown > 0.1 or training.step >= total:
                 shown = now
@@ -473,10 +428,11 @@ def train_with_progress(run: Run) -> None:
         training.run(after_step)
 
 
-def summary(algo: str, training: Training, member: int, folder: RunFolder, seconds: float) -> str:
+def summary(run: Run, member: int, seconds: float) -> str:
     """What a seed learned."""
+    training, folder = run.training, run.folders[member]
     lines = [
-        f"{algo} on {training.config.env_id}, seed {training.seeds[member]}: {training.step:,} "
+        f"{run.algo} on {training.config.env_id}, seed {training.seeds[member]}: {training.step:,} "
         f"environment steps, {training.updates:,} gradient steps in {seconds:.0f} s."
     ]
     if training.step < training.config.total_steps:
@@ -502,22 +458,24 @@ def summary(algo: str, training: Training, member: int, folder: RunFolder, secon
     return "\n".join(lines)
 
 
-def how_to_see(folders: Sequence[RunFolder]) -> str:
+def how_to_see(run: Run) -> str:
     """Where the files are, and what to type next."""
-    path = folders[0].path
     return "\n".join(
         [
-            *(f"Files: {folder.path}" for folder in folders),
-            f"Curves: tensorboard --logdir {path.parent}",
-            f"Play: python -m scripts.enjoy {path}",
-            f"Other averages: python -m scripts.posthoc {path} --rule tail:0.3",
+            *(f"Files: {folder.path}" for folder in run.folders),
+            f"Curves: tensorboard --logdir {shlex.quote(str(run.path.parent))}",
+            f"Play: python -m scripts.enjoy {run.words}",
+            f"Choose the weights to ship: python -m scripts.ship {run.words}",
+            f"Other averages: python -m scripts.posthoc {run.words} --rule tail:0.3",
         ]
     )
 
 
 def how_to_go_on(run: Run) -> str:
     """What to type to resume."""
-    return f"Go on: python -m scripts.train --resume {run.folders[0].path}"
+    if not run.path.exists():
+        return f"{run.path} is gone: there is nothing to go on from."
+    return f"Go on: python -m scripts.train --resume {run.words}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.replay import Batch, Replay
-from agents.seeding import Purpose, generators
+from agents.seeding import Purpose, Streams
 
 
 def random_batch(size: int, obs_dim: int, action_dim: int, *, discrete: bool, seed: int) -> Batch:
@@ -69,7 +69,7 @@ def train_on_noise(
     ]
     obs, *rest = (torch.cat(field).numpy() for field in zip(*batches, strict=True))
     replay.add(obs, *rest)
-    sampling = generators(Purpose.REPLAY, seeds)
+    sampling = Streams(Purpose.REPLAY, seeds)
     actions = []
     for k in range(updates):
         actions.append(agent.explore(torch.from_numpy(obs[:, k : k + 1]), 5_000 + k))

@@ -227,6 +227,7 @@ def test_the_weights_come_back_bit_for_bit():
 def test_swaps_nest_and_unwind_in_order():
     policy, bank = trained()
     other = AverageBank(policy, {"newest": Ema(tau=1.0)})
+    other.update()
     before = copy.deepcopy(policy.state_dict())
     with bank.applied("uniform"):
         outer = copy.deepcopy([*policy.parameters()])

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,23 +14,37 @@ from agents.dqn import DQNConfig
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
 from scripts import bench
+from scripts.bench_cases import gpu, updates
 from scripts.bench_cases.counting import flops, held
-from scripts.bench_cases.floors import gemms, products
-from scripts.bench_cases.tables import figure
-from scripts.bench_cases.timing import Bench, Case, Goal, Spread, pinned
+from scripts.bench_cases.floors import gemms, peaks, products, traffic
+from scripts.bench_cases.goals import goals
+from scripts.bench_cases.lean import LeanSAC
+from scripts.bench_cases.tables import by_contender, by_size, figure, to_markdown
+from scripts.bench_cases.timing import (
+    Bench,
+    Case,
+    Contender,
+    Goal,
+    Needs,
+    Peaks,
+    Spread,
+    call_all,
+    pinned,
+)
+from scripts.bench_cases.trainings import filled, learn
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+GOALS = [*goals()]
 
-TINY = "--rounds 1 --seconds 0 --step-seconds 0 --loop-seconds 0 --max-parameters 10000"
-TINY += " --max-tensors 6 --max-averages 2 --max-seeds 2 --no-compile"
 ON_CPU = ["updates", "steps", "loops", "averaging", "memory", "scaling"]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """A run of all sections with tiny settings."""
+    """A run of all sections, as quick as can be."""
     folder = tmp_path_factory.mktemp("bench")
-    assert bench.main([*TINY.split(), "--out", str(folder)]) == 0
+    assert bench.main(["--quick", "--no-compile", "--rounds", "1", "--out", str(folder)]) == 0
     return folder
 
 
@@ -61,10 +78,11 @@ def test_the_figures_say_what_they_were_measured_on(results):
 
 def test_every_goal_has_a_verdict_and_only_what_needs_more_is_not_measured(results):
     verdicts = {goal["goal"]: goal["verdict"] for goal in results["goals"]}
-    assert len(verdicts) == len(bench.GOALS)
+    assert len(verdicts) == len(GOALS)
     assert set(verdicts.values()) <= {"pass", "miss", "not measured"}
     missing = {goal for goal, verdict in verdicts.items() if verdict == "not measured"}
-    needs_more = {goal.text for goal in bench.GOALS if goal.gpu or goal.size}
+    larger = (updates.PARAMETERS,)  # than the quick sizes
+    needs_more = {goal.text for goal in GOALS if goal.gpu or goal.title in larger}
     assert missing - {goal for goal in missing if "compiled" in goal} == needs_more
 
 
@@ -105,6 +123,9 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
         (Goal("", "t", over="slow", under="absent", at_most=3), "not measured"),
         (Goal("", "t", size="20", over="slow", under="fast", at_most=3), "not measured"),
         (Goal("", "t", over="slow", under="fast", at_most=3, gpu=True), "not measured"),
+        (Goal("", "t", under="slow", scale=1e3, at_most=3000), "pass"),
+        (Goal("", "t", under="slow", scale=1e3, at_most=2999), "miss"),
+        (Goal("", "t", under="absent", at_most=3), "not measured"),
         (Goal("", "counted", at_most=1), "miss"),
     ],
 )
@@ -118,8 +139,8 @@ def test_a_verdict_is_computed_from_what_was_measured(goal, expected):
 
 def test_every_goal_is_of_something_that_is_measured(results):
     titles = {case["title"] for case in results["cases"]}
-    on_gpu = {bench.UPDATE_LAUNCHES, bench.SAC_LAUNCHES, bench.HUNDRED_MB}
-    assert {goal.title for goal in bench.GOALS} <= titles | on_gpu
+    on_gpu = {gpu.UPDATE_LAUNCHES, gpu.SAC_LAUNCHES, gpu.HUNDRED_MB, gpu.GRAPH}
+    assert {goal.title for goal in GOALS} <= titles | on_gpu
 
 
 @pytest.mark.parametrize(
@@ -132,13 +153,29 @@ def test_every_goal_is_of_something_that_is_measured(results):
     ],
 )
 def test_a_gradient_step_multiplies_as_much_as_its_floor(algo, env_id, config):
-    training = bench.filled_training(algo, env_id, config, CPU)
+    training = filled(algo, env_id, config, CPU)
     sizes = training.interface
     floor = gemms(algo, sizes.obs_dim, sizes.action_dim, config, CPU)
     training.close()
-    needed = flops(lambda: bench.call_all(floor))
+    needed = flops(lambda: call_all(floor))
     steps = 2 if algo == "td3" else 1
-    assert flops(lambda: bench.learn(training, steps)) == needed > 0
+    assert flops(lambda: learn(training, steps)) == needed > 0
+
+
+def test_leanrls_step_multiplies_as_much_and_moves_its_target():
+    config = SACConfig(hidden=(16, 12), batch_size=8, tau=0.25)
+    lean = LeanSAC(3, 2, config, CPU, rows=32, fast=lambda step: step)
+    outer = (
+        2 * 2 * (2 * 8 * 12)
+    )  # of one output and its weights, which the floor multiplies plainly
+    assert flops(lean) == flops(lambda: call_all(gemms("sac", 3, 2, config, CPU))) + outer
+    before = {name: weight.clone() for name, weight in lean.q_target.items()}
+    actor = [p.detach().clone() for p in lean.actor.parameters()]
+    lean()
+    for name, weight in lean.q_target.items():
+        torch.testing.assert_close(weight, before[name].lerp(lean.q[name].detach(), 0.25))
+        assert not torch.equal(weight, before[name])
+    assert not any(map(torch.equal, actor, lean.actor.parameters()))
 
 
 def test_a_pass_multiplies_what_its_gradients_need():
@@ -150,7 +187,7 @@ def test_a_pass_multiplies_what_its_gradients_need():
         "inputs": there + there,
     }.items():
         calls = [*products((3, 8, 5), batch=4, back=back, device=CPU)]
-        assert flops(lambda calls=calls: bench.call_all(calls)) == expected
+        assert flops(lambda calls=calls: call_all(calls)) == expected
 
 
 def test_storage_is_counted_once_and_the_network_left_out():
@@ -159,11 +196,92 @@ def test_storage_is_counted_once_and_the_network_left_out():
     assert held({"a": network.weight, "b": torch.zeros(2)}, without=network) == 8
 
 
-@pytest.mark.parametrize("arguments", ["--rounds 0", "gpu", "--device cuda"])
-def test_what_cannot_be_measured_is_refused(arguments, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.main(arguments.split()) == 2
-    assert "error: " in capsys.readouterr().err
+def test_it_asks_for_no_more_than_a_bare_machine_has():
+    """`make gpu` names what it needs; a missing module is None to the import system."""
+    absent = "rich matplotlib scipy pandas ray moviepy pygame Box2D ale_py cv2 jax sbx optax timm"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent.split()})); import scripts.bench"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rounds 0", "rounds must be at least 1, got 0"),
+        ("--threads -1", "threads must be at least 1, got -1"),
+        ("--minutes 0", "minutes must be positive, got 0.0"),
+        ("--minutes nan", "minutes must be positive, got nan"),
+        ("--device tpu", "device must be cpu or cuda, got 'tpu'"),
+        ("--device cuda:99", "device 'cuda:99' cannot be used here: "),
+        ("gpu", "the section 'gpu' needs --device cuda"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence_before_anything_is_built(
+    arguments, message, tmp_path, capsys
+):
+    assert bench.main([*arguments.split(), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert bench.main(["--out", str(tmp_path / "file" / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_what_time_does_not_allow_is_named_and_not_measured():
+    late = Bench(CPU, rounds=1, minutes=0)
+    late.section = "updates"
+    late.compare("t", {"a": lambda: None, "b": lambda: None}, size="20")
+    assert not late.cases
+    text = to_markdown(late, [Goal("g", "t", "20", over="a", under="b", at_least=1)], {}, [])
+    assert "Left out: updates: t 20." in text
+    assert "| g | at least 1 |  | not measured |" in text
+
+
+def test_a_rival_that_cannot_run_is_named_and_left_out_and_ours_is_an_error():
+    def broken():
+        raise RuntimeError("no such kernel\nand a trace")
+
+    one = Bench(CPU, rounds=1, quick=True)
+    one.section = "steps"
+    one.compare("t", {"ours": lambda: None, "theirs": Contender(broken, rival=True)})
+    assert [*one.cases[0].rounds] == ["ours"]
+    assert one.left_out == ["steps: t, theirs (no such kernel)"]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        one.compare("t", {"ours": broken})
+
+
+def test_a_roofline_is_the_longer_of_bytes_and_operations():
+    """10 bytes at 2 a second are 5 seconds, 9 operations at 3 a second 3."""
+    device = Bench(CPU, rounds=1, quick=True, peaks=Peaks(bandwidth=2, flops=3))
+    device.compare("t", {"a": lambda: None}, needs=Needs(10, 9))
+    device.compare("t", {"a": lambda: None}, needs=Needs(2, 9))
+    assert [case.roofline for case in device.cases] == [5, 3]
+    assert "| roofline | 5 s | " in by_contender(device.cases[0])
+    assert [line.split("|")[-2].strip() for line in by_size(device.cases).splitlines()[2:]] == [
+        "5 s",
+        "3 s",
+    ]
+
+
+def test_peaks_are_of_a_copy_and_a_product():
+    found = peaks(CPU, elements=1 << 16, side=64)
+    assert found.bandwidth > 1e7
+    assert found.flops > 1e7
+
+
+def test_a_step_moves_what_adam_and_a_soft_target_move():
+    """By hand, DDPG of 2 observations, 1 action and 4 units: Q has 21 weights, the policy 17."""
+    config = DDPGConfig(hidden=(4,))
+    assert traffic("ddpg", 2, 1, config) == 4 * (7 + 3) * (21 + 17)
+    assert traffic("dqn", 2, 3, DQNConfig(hidden=(4,))) == 4 * 7 * (12 + 15)
+    # SAC has no target of the policy, which has two outputs an action; TD3's of two steps.
+    assert traffic("sac", 2, 1, SACConfig(hidden=(4,))) == 4 * (10 * 2 * 21 + 7 * 22)
+    assert traffic("td3", 2, 1, TD3Config(hidden=(4,))) == 4 * (10 * 2 * 2 * 21 + 10 * 17)
 
 
 def test_a_figure_is_shown_in_a_unit_that_suits_it():

@@ -8,7 +8,7 @@ from scripts import choice
 from scripts.allocation import ALLOCATIONS
 from scripts.choice import BASE, PRIOR, RULES, Group, Run, affordable, best, held, replay
 
-PUBLISHED = Path(__file__).parent.parent / "scripts" / "results" / "results.csv.gz"
+PUBLISHED = Path(__file__).parent.parent / "scripts" / "results" / "exploratory" / "results.csv.gz"
 CHECKPOINTS, AVERAGES, ALL = RULES[2:]
 
 
@@ -34,7 +34,7 @@ def rows_of(scheme, step, returns, run="a"):
 
 def test_candidates_are_the_schemes_of_the_last_step_by_their_present_names(tmp_path):
     rows = rows_of(BASE, 50, [0, 1]) + rows_of("ema1", 50, [9, 9]) + rows_of(BASE, 100, [1, 2])
-    for scheme in ("suffix25", "uniform0", "placebo", "best", "line0.5", "window90-95"):
+    for scheme in ("tail25", "all", "placebo", "best", "line0.5", "window90-95"):
         rows += rows_of(scheme, 100, [3, 4])
     rows += rows_of("window85-90", 100, [3, 4])
     write(tmp_path / "r.csv", rows)

@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 import signal
+import sys
 import threading
 import time
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from scripts import compare, report
-from scripts.compare import Options, plan
-from scripts.experiment.measurement import Job, run
+from scripts.experiment import driver, results
+from scripts.experiment.jobs import Job, Options, plan
+from scripts.experiment.measurement import run
 from scripts.experiment.schemes import SCHEMES
 from scripts.experiment.study import CELLS
+from tests.test_terminal import Dead
 
 TINY = {
     "total_steps": 600,
@@ -129,8 +132,8 @@ def test_a_run_evaluates_every_scheme_on_common_episodes(tmp_path):
 
 def execute(out, jobs):
     out.mkdir(exist_ok=True)
-    failed = compare.execute(jobs, out, workers=2)
-    compare.collect(out)
+    failed = driver.execute(jobs, out, workers=2)
+    results.collect(out)
     return failed
 
 
@@ -140,7 +143,7 @@ def tiny_jobs():
 
 def test_a_killed_worker_changes_no_number(tmp_path, monkeypatch):
     assert execute(tmp_path / "whole", tiny_jobs()) == []
-    started, start = [], compare.start
+    started, start = [], driver.start
 
     def start_and_remember(job, out):
         process = start(job, out)
@@ -150,11 +153,11 @@ def test_a_killed_worker_changes_no_number(tmp_path, monkeypatch):
         return process
 
     def kill_midway(process, job, out):
-        while compare.reached(job, out) < 250 and process.poll() is None:
+        while driver.reached(job, out) < 250 and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
 
-    monkeypatch.setattr(compare, "start", start_and_remember)
+    monkeypatch.setattr(driver, "start", start_and_remember)
     assert execute(tmp_path / "killed", tiny_jobs()) == []
     assert len(started) == 3
     assert started[0].returncode == -signal.SIGKILL
@@ -175,21 +178,79 @@ def test_a_run_that_crashes_is_reported_and_not_dropped(tmp_path):
 def test_finished_runs_are_not_done_again_and_other_settings_are_refused(tmp_path):
     out = tmp_path / "out"
     job = tiny_jobs()[0]
-    assert not compare.finished(job, out)
+    assert not driver.finished(job, out)
     execute(out, [job])
-    assert compare.finished(job, out)
+    assert driver.finished(job, out)
     other = Job("dqn", "CartPole-v1", (1,), **{**TINY, "episodes": 5})
-    with pytest.raises(SystemExit, match="other settings"):
-        compare.finished(other, out)
+    with pytest.raises(ValueError, match="other settings"):
+        driver.finished(other, out)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--algo dqn --env-id CartPol-v1", "cannot make the environment 'CartPol-v1'"),
+        ("--algo sac --env-id CartPole-v1", "sac needs actions in a one-dimensional Box"),
+        ("--algo dqn --env-id CartPole-v1 --seeds 0", "seeds must be at least 1, got 0"),
+    ],
+)
+def test_what_can_be_known_is_said_before_anything_is_begun(command, message, tmp_path, capsys):
+    assert compare.main([*command.split(), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_cannot_be_shown_ends_no_comparison(tmp_path, monkeypatch):
+    begun = []
+
+    class Done:
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(driver, "start", lambda job, out: begun.append(job) or Done())
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, Dead(OSError(5, "gone")))
+    command = ["--algo", "dqn", "--env-id", "CartPole-v1", "--seeds", "2.0"]
+    assert compare.main([*command, "--total-steps", "1e3", "--out", str(tmp_path)]) == 0
+    assert [job.total_steps for job in begun] == [1000, 1000]
+    assert (tmp_path / "results" / "runs.json").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"algo": 1}'])
+def test_a_damaged_file_of_a_job_is_named_and_written_again(damage, tmp_path, capsys):
+    execute(tmp_path, tiny_jobs()[:1])
+    whole = (tmp_path / "results" / "results.csv.gz").read_bytes()
+    record = driver.job_file(tiny_jobs()[0], tmp_path)
+    written = record.read_bytes()
+    record.write_bytes(damage)
+    results.collect(tmp_path)
+    assert f"warning: {record} is damaged: " in capsys.readouterr().err
+    assert driver.finished(tiny_jobs()[0], tmp_path)
+    assert record.read_bytes() == written
+    results.collect(tmp_path)
+    assert (tmp_path / "results" / "results.csv.gz").read_bytes() == whole
+
+
+def test_results_are_collected_of_whole_runs_only(tmp_path):
+    execute(tmp_path, tiny_jobs())
+    first, second = tiny_jobs()
+    table = tmp_path / "runs" / first.run_names()[0] / "evaluations.csv"
+    table.write_bytes(table.read_bytes()[: table.stat().st_size // 2])
+    results.collect(tmp_path)
+    assert {row["run"] for row in rows(tmp_path)} == {*second.run_names()}
+    runs = json.loads((tmp_path / "results" / "runs.json").read_text())["runs"]
+    assert [run["status"] for run in runs] == ["damaged", "finished"]
 
 
 def test_the_smallest_tier_runs_to_its_report(tmp_path):
     assert compare.main(["--tier", "s", "--out", str(tmp_path)]) == 0
     table = rows(tmp_path)
     assert {row["env"] for row in table} == {"CartPole-v1", "Pendulum-v1"}
-    assert set(table[0]) == set(compare.COLUMNS)
-    primary = ["--primary", "tail50"]
-    report.main([str(tmp_path / "results"), "--out", str(tmp_path / "report"), *primary])
+    assert set(table[0]) == set(results.COLUMNS)
+    assert report.main([str(tmp_path / "results"), "--out", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "CartPole-v1" in text
+    assert "DQN CartPole-v1 (2 runs): **too few runs**" in text
+    assert "DDPG Pendulum-v1 (1 run): **too few runs**" in text
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000

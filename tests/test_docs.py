@@ -1,4 +1,4 @@
-"""Every public name is explained by an example that runs, and the reference built of them holds."""
+"""Every public name is explained by an example that runs, and the pages built of them hold."""
 
 import doctest
 import importlib
@@ -14,7 +14,9 @@ import polyak_rl
 import polyak_rl.optim
 import polyak_rl.sb3
 import polyak_rl.solver
-from scripts.docs import broken_links
+from scripts import docs
+from scripts.documentation.links import broken_links
+from scripts.documentation.pages import PAGES, link_to
 
 ROOT = Path(__file__).parent.parent
 FILES = [p for p in sorted((ROOT / "polyak_rl").glob("*.py")) if p.stem != "__init__"]
@@ -79,12 +81,28 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.full  # building takes ten seconds, in each worker
-def test_the_reference_has_a_page_for_each_module_and_each_page_leads_to_it(reference):
+def test_there_is_a_page_for_each_module_and_each_source_and_each_leads_to_the_others(reference):
     names = {path.stem for path in FILES}
-    assert reference.keys() == names | {"polyak_rl", "index"}
+    pages = {Path(page).stem for page in PAGES}
+    assert reference.keys() == names | pages | {"polyak_rl"}
     for page in names | {"polyak_rl"}:
+        assert 'index.html">Overview<' in reference[page]
         for name in names:
             assert f"{name}.html" in reference[page] or page == name
+    for page in pages:
+        for name in pages | {"polyak_rl"}:
+            assert f'href="{name}.html"' in reference[page]
+
+
+@pytest.mark.full  # building takes ten seconds, in each worker
+def test_the_pages_begin_with_an_overview_and_their_names_lead_to_the_reference(reference):
+    assert "What to import when" in reference["index"]
+    for page, link in {
+        "index": '<a href="polyak_rl.html#soft_update"><code>soft_update</code></a>',
+        "stable_baselines3": '<a href="polyak_rl/sb3.html#AveragedEvalCallback">',
+        "results": '<a href="registration.html">',
+    }.items():
+        assert link in reference[page]
 
 
 @pytest.mark.full  # building takes ten seconds, in each worker
@@ -101,8 +119,9 @@ def test_formulas_and_pages_need_no_network(reference):
         page = reference[path.stem]
         assert page.count("<math") == path.read_text().count(".. math::")
         assert "$$" not in page
-        assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?(https?:)?//""", page)
     assert "<math" in reference["target"]
+    for page in reference.values():
+        assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?(https?:)?//""", page)
 
 
 def test_broken_links_are_found(tmp_path):
@@ -116,3 +135,70 @@ def test_broken_links_are_found(tmp_path):
         "start.html: absent.html",
         "start.html: there.html#gone",
     ]
+
+
+def test_every_page_of_the_folder_is_built():
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").iterdir()} <= PAGES.keys()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_the_python_of_each_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks or not re.search(r"^import |^from ", (ROOT / page).read_text(), re.MULTILINE)
+    scope = {}
+    for block in blocks:
+        exec(block, scope)
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_each_file_command_and_rule_that_a_page_names_is_there(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)#]+?)\)", text):
+        assert "://" in link or ((ROOT / page).parent / link).is_file(), link
+    for module in set(re.findall(r"python -m (scripts\.\w+)", text)):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(
+        re.findall(r"\bmake ([a-z][\w-]*)`|^make ([a-z][\w-]*) ", text, re.MULTILINE)
+    ):
+        assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), target
+    for rule in re.findall(r"--rule (\S+?)`? ", text):
+        polyak_rl.parse_rule(rule.strip("`"))
+
+
+def test_the_rules_of_the_table_are_all_and_can_be_typed():
+    table = re.search(r"\| rule \|.*?\n\n", (ROOT / "docs/averages.md").read_text(), re.DOTALL)[0]
+    for name, text in re.findall(r"^\| `(\w+)` \| `([^`]+)`", table, re.MULTILINE):
+        assert type(polyak_rl.parse_rule(text)).__name__ == name
+    named = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    assert named == {rule.__name__ for rule in polyak_rl.rules.RULES.values()}
+
+
+@pytest.mark.parametrize(
+    ("link", "built"),
+    [
+        ("targets.md", "targets.html"),
+        ("../scripts/results/exploratory/report.md#every-scheme", "report.html#every-scheme"),
+        ("../polyak_rl/sb3.py", "polyak_rl/sb3.html"),
+        ("../polyak_rl/__init__.py", "polyak_rl.html"),
+        ("https://example.org/a.md", "https://example.org/a.md"),
+    ],
+)
+def test_links_of_the_checkout_lead_to_what_is_built(link, built):
+    assert link_to(link, ROOT / "docs" / "index.md") == built
+
+
+def test_help_writes_nothing_and_a_folder_that_cannot_be_made_is_one_sentence(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        docs.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m scripts.docs ")
+    with pytest.raises(SystemExit, match="2"):
+        docs.main(["--unknown"])
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "file").touch()
+    assert docs.main(["file"]) == 2
+    assert "error: " in capsys.readouterr().err

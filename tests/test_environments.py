@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.environments import EnvironmentFault, Interface, interface, make_env
+from agents.environments import EnvironmentFault, Interface, flattened, interface, make_env
 from agents.evaluation import Evaluator
 from agents.nonfinite import NonFiniteError
 from agents.training import TrainConfig, Training
@@ -326,6 +326,8 @@ def test_observations_that_are_no_vector_are_flattened(name):
     finally:
         gym.registry.pop("test/Of-v0")
     assert training.interface.obs_dim == size
+    line = flattened(training.envs)
+    assert line == f"observations flattened: {space} to ({size},)"
     assert training.replay.rows[0, : training.replay.size].isfinite().all()
     env = Of(space)
     obs, _ = env.reset(seed=1)

@@ -3,8 +3,11 @@ import dataclasses
 import pytest
 import torch
 
+from agents.checkpoint import Checkpoints
 from scripts.experiment import measurement
-from scripts.experiment.measurement import Job, checkpoint_folder, run
+from scripts.experiment.jobs import Job
+from scripts.experiment.life import CHECKPOINT, Run
+from scripts.experiment.measurement import run
 from tests.test_compare import TINY
 
 DQN = Job("dqn", "CartPole-v1", (1,), **TINY)
@@ -32,12 +35,16 @@ def run_until(step, job, out):
         run(job, out, kill)
 
 
+def checkpoint_folder(job, out):
+    return out / job.run_names()[0] / CHECKPOINT
+
+
 def resumed_at(job, out):
     """The steps at which a job went on."""
     file = out / job.run_names()[0] / "resumed.txt"
-    return (
-        [int(line.split()[-1]) for line in file.read_text().splitlines()] if file.exists() else []
-    )
+    lines = file.read_text().splitlines() if file.exists() else []
+    assert all(line.endswith(": exact") for line in lines)
+    return [int(line.split()[3].removesuffix(":")) for line in lines]
 
 
 def tables(job, out):
@@ -57,7 +64,7 @@ def test_a_run_that_is_killed_goes_on_with_the_same_numbers(job, tmp_path, monke
         def kill(*_):
             raise Killed
 
-        patch.setattr(measurement, "save", kill)
+        patch.setattr(Run, "try_to_save", kill)
         with pytest.raises(Killed):
             run(job, out)
     run(job, out)
@@ -109,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(tmp_path, mon
     def full(self, extra):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(measurement.Checkpoints, "save", full)
+    monkeypatch.setattr(Checkpoints, "save", full)
     run(DQN, tmp_path)
     assert all(finished for _, finished in tables(DQN, tmp_path))
     warnings = capsys.readouterr().err.splitlines()

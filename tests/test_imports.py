@@ -88,5 +88,5 @@ def test_the_wheel_holds_the_library_only():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["setuptools"]["packages"] == ["polyak_rl"]
-    assert project["project"]["dependencies"] == ["torch>=2.6"]
+    assert project["project"]["dependencies"] == ["torch>=2.11"]
     assert (ROOT / "polyak_rl" / "py.typed").is_file()

@@ -1,8 +1,11 @@
-"""The wheel, as somebody gets it who has torch and nothing else."""
+"""Wheel and sdist, as somebody gets them who has torch and nothing else."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import venv
 from importlib.metadata import distribution
 from pathlib import Path
@@ -37,13 +40,30 @@ Uniform(start="the beginning")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy, so that nothing is left in the checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def source(tmp_path_factory):
+    """A copy, so that nothing is left in the checkout."""
+    folder = tmp_path_factory.mktemp("source") / "polyak_rl"
     unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=unwanted)
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)
+    shutil.copytree(ROOT, folder, ignore=unwanted)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built of the sdist, as an installer does."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sdist)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -96,6 +116,53 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
         "polyak_rl/py.typed",
         *(f"polyak_rl/{path.name}" for path in (ROOT / "polyak_rl").glob("*.py")),
     }
+
+
+def test_the_sdist_holds_what_the_wheel_is_built_of_and_no_half_of_the_tests(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tops = {name.partition("/")[0] for name in names} - {"", "polyak_rl.egg-info"}
+    assert tops == {
+        *("polyak_rl", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"),
+        *("PKG-INFO", "setup.cfg"),  # setuptools' own
+    }
+    assert {f"polyak_rl/{path.name}" for path in (ROOT / "polyak_rl").glob("*.py")} < names
+
+
+def test_the_extras_of_the_wheel_are_those_of_the_library(wheel):
+    """agents and scripts are not in it, and what they need is a group of the checkout."""
+    with ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = archive.read(name).decode()
+    assert re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE) == ["sb3"]
+    requirements = map(Requirement, re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE))
+    assert {requirement.name for requirement in requirements} == {"torch", "stable-baselines3"}
+
+
+def test_an_index_would_take_both(wheel, sdist):
+    command = [sys.executable, "-m", "twine", "check", "--strict", wheel, sdist]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_each_group_that_a_text_names_is_one_and_no_text_names_an_extra_that_is_none():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    files = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    for package in ("polyak_rl", "agents", "scripts"):
+        files += [*(ROOT / package).rglob("*.py"), *(ROOT / package).glob("*.ipynb")]
+    for path in files:
+        text = path.read_text()
+        for name in re.findall(r"--group (\w+)", text):
+            assert name in project["dependency-groups"] or name == "NAME", f"{path.name}: {name}"
+        for names in re.findall(r"(?:polyak-rl|'\.)\[([\w, ]+)\]", text):
+            assert set(names.split(",")) <= project["project"]["optional-dependencies"].keys(), (
+                f"{path.name}: {names}"
+            )
+
+
+def test_the_citation_has_the_version_of_the_package():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_it_runs_with_torch_alone(python):

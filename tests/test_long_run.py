@@ -61,7 +61,7 @@ def run(path, steps, checks):
     def after_step():
         if training.step % (steps // 20) == 0:
             checkpoints.save()
-            folder.writer.flush()
+            folder.events.flush()
         if training.step in checks:
             events = sum(p.stat().st_size for p in path.rglob("events.out.tfevents.*"))
             seen[training.step] = resident_bytes(), open_files(), events
@@ -98,7 +98,7 @@ def test_no_more_training_episodes_are_logged_than_a_curve_can_show(monkeypatch)
             pass
 
     total = 8 * shown
-    agent = DQNConfig(hidden=(8,), learning_starts=total)
+    agent = DQNConfig(hidden=(8,), gradient_steps=0)
     training = Training("dqn", agent, TrainConfig("test/Short-v0", total), logs=[Log()])
     training.run()
     training.close()

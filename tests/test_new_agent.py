@@ -5,18 +5,19 @@ https://arxiv.org/abs/2101.05982
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from agent_cases import random_batch
 
-from agents.agent import check
+from agents.agent import Turns, check
+from agents.learner import Learner
 from agents.networks import Critic, GaussianActor
 from agents.optimizers import Descent
 from agents.presets import ALGORITHMS
-from agents.program import Program
-from agents.replay import Batch
+from agents.replay import Replay
 from agents.sac import SAC, SACConfig, Temperature
-from agents.seeding import Purpose, generators, normal, uniform
-from agents.targets import target_networks
+from agents.seeding import Purpose, Streams, generators
+from agents.targets import target_every, target_networks
 from agents.training import TrainConfig, Training
 
 SMALL = {"hidden": (16, 16), "batch_size": 32, "learning_starts": 10}
@@ -38,8 +39,12 @@ class REDQ:
     def __init__(self, obs_dim, action_dim, config, seeds, device, total_steps):
         check(config)
         self.config, self.action_dim = config, action_dim
-        self.exploration = generators(Purpose.EXPLORATION, seeds, device)
-        self.draws = generators(Purpose.UPDATE, seeds, device)
+        self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
+        self.randomness = Streams(Purpose.UPDATE, seeds, device)
+        self.draws = [
+            (self.randomness, "normal", (2, config.batch_size, action_dim)),
+            (self.randomness, "uniform", (config.critics,)),
+        ]
 
         init = generators(Purpose.INIT, seeds)
         self.actor = GaussianActor(obs_dim, action_dim, config.hidden, init).to(device)
@@ -48,20 +53,19 @@ class REDQ:
         networks = {"temperature": self.temperature, "critic": self.critic, "actor": self.actor}
         self.descent = Descent(networks, config.learning_rate, len(seeds))
         self.targets = target_networks(config, {"critic": self.critic})
+        self.turns = Turns(target_every(config))
         self.policy = self.actor
 
     explore, charts = SAC.explore, SAC.charts
 
     def update(self, batch):
-        noise = normal(self.draws, 2, *batch.action.shape[1:])
-        # a set M of `subset` distinct indices
-        chosen = uniform(self.draws, self.config.critics).argsort(-1)[:, : self.config.subset]
-        tags = self.learn(batch, noise, chosen)
-        self.targets["critic"].update()
-        return tags
+        noise = self.randomness.normal(2, *batch.action.shape[1:])
+        order = self.randomness.uniform(self.config.critics)
+        return self.learn(batch, noise, order, *self.turns.next())
 
-    def learn(self, batch, noise, chosen):
+    def learn(self, batch, noise, order, follow):
         s, a, r, terminated, s_next = batch
+        chosen = order.argsort(-1)[:, : self.config.subset]  # a set M of distinct indices
         a_pi, log_pi = self.actor.sample(s, noise[:, 0])
 
         # temperature, as in SAC
@@ -84,6 +88,8 @@ class REDQ:
         # actor: mean alpha log pi(a_pi|s) - 1/N sum_i Q_i(s, a_pi)
         actor_loss = (alpha * log_pi - self.critic(s, a_pi, held=True).mean(1)).mean(-1)
         self.descent.step("actor", actor_loss)
+        if follow:
+            self.targets["critic"].update()
         return {"losses/qf_loss": critic_loss.detach(), "losses/actor_loss": actor_loss.detach()}
 
 
@@ -104,14 +110,21 @@ def test_with_two_critics_that_both_count_its_critics_are_those_of_sac():
     assert torch.equal(weights(redq)[1], weights(sac)[1])
 
 
-def test_it_can_be_one_program():
-    eager, program = (REDQ(3, 1, REDQConfig(**SMALL), (4, 5), "cpu", 100) for _ in range(2))
-    program.learn = Program(program.learn, lambda graph, inputs: graph)
-    for k in range(3):
-        pairs = zip(batch(k), batch(k + 9), strict=True)
-        two = Batch(*map(torch.cat, pairs))
-        assert eager.update(two).keys() == program.update(two).keys()
-    assert all(map(torch.equal, weights(eager), weights(program)))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_it_can_be_one_program(device):
+    ends = []
+    for compiled in (False, True):
+        agent = REDQ(3, 1, REDQConfig(**SMALL), (4, 5), device, 100)
+        replay = Replay(32, 3, 1, 2, device)
+        replay.add(*(torch.cat(pair).numpy() for pair in zip(batch(0), batch(1), strict=True)))
+        sampling = Streams(Purpose.REPLAY, (4, 5), device)
+        build = lambda graph, inputs: graph  # noqa: E731
+        learner = Learner(agent, replay, sampling, compiled=compiled, build=build)
+        learner.begin(3)
+        for _ in range(3):
+            learner.step()
+        ends.append(weights(agent))
+    assert all(map(torch.equal, *ends))
 
 
 def test_the_loop_trains_it_as_any_other(monkeypatch):
@@ -127,7 +140,7 @@ def test_the_loop_trains_it_as_any_other(monkeypatch):
 def test_its_target_takes_the_minimum_over_another_few_each_time():
     agent, seen = REDQ(3, 1, REDQConfig(**SMALL, critics=4), (4,), "cpu", 100), []
     learn = agent.learn
-    agent.learn = lambda *given: seen.append(given[2]) or learn(*given)
+    agent.learn = lambda *given: seen.append(given[2].argsort(-1)[:, :2]) or learn(*given)
     for k in range(20):
         agent.update(batch(k))
     assert all(len({*pair.flatten().tolist()}) == 2 for pair in seen)

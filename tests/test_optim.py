@@ -20,7 +20,6 @@ from polyak_rl.optim import ASGD, PolyakSGD, polyak_stepsize
 from polyak_rl.rules import Uniform
 
 cuda = pytest.mark.cuda
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def start(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -707,7 +706,6 @@ def test_without_gradients_nothing_moves():
 
 
 @cuda
-@needs_cuda
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_captured_polyak_step_equals_an_eager_one(variant):
     options = {"variant": variant, "momentum": 0.9, "max_stepsize": 0.1, "skip_nonfinite": True}
@@ -738,7 +736,6 @@ def test_a_captured_polyak_step_equals_an_eager_one(variant):
 
 
 @cuda
-@needs_cuda
 def test_capturing_the_first_polyak_step_is_refused():
     x = torch.ones(3, device="cuda", requires_grad=True)
     x.grad = torch.ones_like(x)
@@ -751,7 +748,6 @@ def test_capturing_the_first_polyak_step_is_refused():
 
 
 @cuda
-@needs_cuda
 def test_a_capturable_asgd_averages_as_an_eager_one():
     averages = []
     for capturable in (False, True):

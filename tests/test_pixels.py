@@ -20,7 +20,7 @@ from agents.environments import interface, make_env
 from agents.pixels import FrameReplay, PixelQNetwork
 from agents.presets import preset
 from agents.replay import Replay
-from agents.seeding import Purpose, generators
+from agents.seeding import Purpose, Streams, generators
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
 
@@ -156,7 +156,7 @@ def updated(seeds, updates=20):
         end = np.full((len(seeds), 1), k % 10 == 9)
         next_obs = obs[:, k + 1 : k + 2]
         replay.add(obs[:, k : k + 1], np.array(action), np.array(reward), end, next_obs)
-    sampling = generators(Purpose.REPLAY, seeds)
+    sampling = Streams(Purpose.REPLAY, seeds)
     for _ in range(updates):
         tags = agent.update(replay.sample(32, sampling))
     actions = agent.explore(torch.from_numpy(obs[:, :9]), 999)
@@ -249,8 +249,8 @@ def test_batches_are_those_of_a_buffer_that_stores_whole_stacks(
 
 def assert_same_batches(replay, whole):
     members = len(replay.rows)
-    ours = replay.sample(50, generators(Purpose.REPLAY, range(members)))
-    theirs = whole.sample(50, generators(Purpose.REPLAY, range(members)))
+    ours = replay.sample(50, Streams(Purpose.REPLAY, range(members)))
+    theirs = whole.sample(50, Streams(Purpose.REPLAY, range(members)))
     assert ours.obs.dtype == ours.next_obs.dtype == torch.uint8
     for ours_field, theirs_field in zip(ours, theirs, strict=True):
         assert torch.equal(ours_field.float().view(theirs_field.shape), theirs_field)
@@ -306,7 +306,7 @@ def test_places_are_made_where_episodes_are_short():
     Film(length=1).play(replay, 200)
     assert 2 * 64 <= replay.frames.shape[1] <= 2 * 64 + 4 + 8
     assert_places_are_counted(replay)
-    batch = replay.sample(100, generators(Purpose.REPLAY, [0]))
+    batch = replay.sample(100, Streams(Purpose.REPLAY, [0]))
     for stacks, number in ((batch.obs, batch.reward - 1), (batch.next_obs, batch.reward)):
         numbers = stacks[0, :, -1].flatten(1).contiguous().view(torch.int32)[:, 0]
         assert torch.equal(numbers.float(), number[0])
@@ -327,7 +327,7 @@ def test_what_was_dumped_in_pieces_is_loaded_as_it_was(ends):
             loaded.load(data, n)
     for _ in range(3):
         assert loaded.added == replay.added
-        pair = (r.sample(99, generators(Purpose.REPLAY, [0])) for r in (loaded, replay))
+        pair = (r.sample(99, Streams(Purpose.REPLAY, [0])) for r in (loaded, replay))
         for ours, theirs in zip(*pair, strict=True):
             assert torch.equal(ours, theirs)
         assert_places_are_counted(loaded)
@@ -341,7 +341,7 @@ def test_images_that_are_no_stack_of_frames_come_back_too():
     for k in range(60):
         zero = np.zeros((1, 1))
         replay.add(images[None, None, k], zero, zero + k, zero, images[None, None, k + 1])
-    batch = replay.sample(100, generators(Purpose.REPLAY, [0]))
+    batch = replay.sample(100, Streams(Purpose.REPLAY, [0]))
     k = batch.reward[0].int().numpy()
     assert np.array_equal(batch.obs[0], images[k])
     assert np.array_equal(batch.next_obs[0], images[k + 1])
@@ -373,7 +373,7 @@ def test_transitions_of_vector_environments_end_where_their_episodes_do(mode):
     training = Training("dqn", replace(CONFIG, buffer_size=100), config, envs=envs)
     while training.step < 200:
         training.advance()
-    batch = training.replay.sample(500, generators(Purpose.REPLAY, [0]))
+    batch = training.replay.sample(500, Streams(Purpose.REPLAY, [0]))
     before, after = balls(batch.obs), balls(batch.next_obs)
     assert torch.equal(after[..., 1], before[..., 1] + 1)
     assert torch.equal(after[..., 0], before[..., 1])
@@ -421,7 +421,7 @@ def assert_same_training(ours, theirs):
     assert np.array_equal(ours.episode_return, theirs.episode_return)
     for pair in zip(ours.agent.policy.parameters(), theirs.agent.policy.parameters(), strict=True):
         assert torch.equal(*pair)
-    batches = (t.replay.sample(99, generators(Purpose.REPLAY, t.seeds)) for t in (ours, theirs))
+    batches = (t.replay.sample(99, Streams(Purpose.REPLAY, t.seeds)) for t in (ours, theirs))
     for pair in zip(*batches, strict=True):
         assert torch.equal(*pair)
 
@@ -522,7 +522,7 @@ def test_pong_trains_and_goes_on_from_its_checkpoint_to_the_bit(tmp_path):
 
 def test_an_atari_game_without_its_package_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ale_py", None)
-    with pytest.raises(ValueError, match=r"ALE/Pong-v5.*pip install 'polyak-rl\[atari\]'"):
+    with pytest.raises(ValueError, match=r"ALE/Pong-v5.*pip install .*--group atari"):
         make_env("ALE/Pong-v5")
 
 

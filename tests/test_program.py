@@ -4,14 +4,17 @@ import shutil
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPG, DDPGConfig
 from agents.dqn import DQN, DQNConfig
+from agents.learner import Learner
 from agents.presets import ALGORITHMS
 from agents.program import Program
-from agents.replay import Batch
+from agents.replay import Replay
 from agents.sac import SAC, SACConfig
+from agents.seeding import Purpose, Streams
 from agents.td3 import TD3, TD3Config
 from agents.training import TrainConfig, Training
 from tests.agent_cases import random_batch
@@ -23,6 +26,7 @@ needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
 )
 
+ROWS = 40
 SMALL = {"hidden": (16, 16), "batch_size": 8}
 CASES = {
     "dqn": (DQN, DQNConfig(**SMALL, target_update_every=3), True),
@@ -37,44 +41,50 @@ INDUCTOR = [
 ]
 
 
-def recording(builds):
-    """Programs that repeat the operations as they were recorded, compiled by nobody."""
+def recorder(builds):
+    """What leaves a program's operations as they were recorded, compiled by nobody."""
 
     def build(graph, inputs):
         builds.append(graph)
         return graph
 
-    return lambda step: Program(step, build)
+    return build
 
 
 def programs_of(name):
-    """How many programs an agent needs: TD3's actor takes a step at every second one only."""
-    return 2 if name == "td3" else 1
+    """How many programs an agent needs: TD3's actor, and a hard target, have their turns."""
+    return 2 if name in ("dqn", "td3") else 1
 
 
-def batch_of(name, seeds, k, device="cpu"):
-    fields = zip(
-        *(
-            random_batch(8, 4, 2, discrete=CASES[name][2], seed=100 * k + seed)
-            for seed in range(seeds)
-        ),
-        strict=True,
-    )
-    return Batch(*(torch.cat(field).to(device) for field in fields))
+def learner_of(name, seeds=1, device="cpu", **program):
+    """A new agent of each seed, beside a full replay buffer of noise."""
+    agent_class, config, discrete = CASES[name]
+    members = range(1, seeds + 1)
+    agent = agent_class(4, 2, config, members, device, 1000)
+    replay = Replay(ROWS, 4, 1 if discrete else 2, seeds, device)
+    batches = [random_batch(ROWS, 4, 2, discrete=discrete, seed=seed) for seed in members]
+    replay.add(*(torch.cat(field).numpy() for field in zip(*batches, strict=True)))
+    return Learner(agent, replay, Streams(Purpose.REPLAY, members, device), **program)
 
 
-def trained(name, wrap=lambda step: step, seeds=1, updates=9, device="cpu", spoil=()):
-    """An agent after updates on noise, some with a reward that is not finite, and its last tags."""
-    agent_class, config, _ = CASES[name]
-    agent = agent_class(4, 2, config, range(1, seeds + 1), device, 1000)
-    agent.learn = wrap(agent.learn)
+def step(learner, count=1):
+    """A round of gradient steps; the tags of the last."""
+    learner.begin(count)
+    for _ in range(count):
+        tags = learner.step()
+        learner.agent.descent.watch.count(0, noted=learner.program is not None)
+    return tags
+
+
+def trained(name, spoil=(), updates=9, **options):
+    """An agent after single steps, in some of which no reward of the last seed is finite."""
+    learner = learner_of(name, **options)
+    rewards = learner.replay.rows[-1, :, -6]
+    good = rewards.clone()
     for k in range(updates):
-        batch = batch_of(name, seeds, k, device)
-        if k in spoil:
-            batch.reward[-1, 3] = math.nan
-        tags = agent.update(batch)
-        agent.descent.watch.count(k)
-    return agent, tags
+        rewards.copy_(torch.full_like(good, math.nan) if k in spoil else good)
+        tags = step(learner)
+    return learner, tags
 
 
 def tensors(agent):
@@ -89,6 +99,10 @@ def tensors(agent):
 
 def optimizers_of(agent):
     return [*agent.descent.optimizers.values()]
+
+
+def read(learner):
+    return learner.agent.descent.watch.read()
 
 
 def assert_same(ours, theirs):
@@ -106,123 +120,159 @@ def assert_close(ours, theirs):
 def test_what_was_recorded_repeats_every_operation(name, seeds):
     eager, eager_tags = trained(name, seeds=seeds)
     builds = []
-    program, tags = trained(name, recording(builds), seeds)
+    program, tags = trained(name, seeds=seeds, compiled=True, build=recorder(builds))
     assert len(builds) == programs_of(name)
-    assert_same(tensors(program), tensors(eager))
+    assert_same(tensors(program.agent), tensors(eager.agent))
     assert_same(tags, eager_tags)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_round_is_what_single_steps_are(name):
+    """Also a round of more steps than are drawn at once, which a smaller buffer follows."""
+    ends = []
+    for counts in ([70, 3], [1] * 73):
+        program = learner_of(name, compiled=True, build=recorder([]))
+        for count in counts:
+            step(program, count)
+        ends.append(tensors(program.agent))
+    eager = learner_of(name)
+    step(eager, 73)
+    for end in ends:
+        assert_same(end, tensors(eager.agent))
+
+
+def test_nothing_is_left_of_a_round_that_was_broken_off():
+    ends = []
+    for program in ({}, {"compiled": True, "build": recorder([])}):
+        learner = learner_of("double dqn", **program)
+        learner.begin(5)
+        learner.step()
+        learner.begin(3)
+        learner.step()
+        ends.append(tensors(learner.agent))
+    assert_same(*ends)
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", INDUCTOR)
 def test_a_compiled_step_is_the_same_to_rounding(name):
     eager, eager_tags = trained(name, seeds=2, spoil={2, 5}, updates=7)
-    program, tags = trained(name, Program, seeds=2, spoil={2, 5}, updates=7)
-    assert len(program.learn.recorded) == programs_of(name)
-    assert_close(tensors(program), tensors(eager))
+    program, tags = trained(name, seeds=2, spoil={2, 5}, updates=7, compiled=True)
+    assert len(program.program.recorded) == programs_of(name)
+    assert_close(tensors(program.agent), tensors(eager.agent))
     finite = {tag: x for tag, x in eager_tags.items() if x.isfinite().all()}
     assert finite
     assert_close(tags, finite)
-    assert program.descent.watch.read() == eager.descent.watch.read() != []
+    assert read(program) == read(eager) != []
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_numbers_do_not_reach_the_weights_of_a_program_and_are_named(name):
     eager, _ = trained(name, spoil={0, 4, 5})
-    program, _ = trained(name, recording([]), spoil={0, 4, 5})
-    assert all(x.isfinite().all() for x in tensors(program).values())
-    assert_same(tensors(program), tensors(eager))
-    bad = program.descent.watch.read()
-    assert bad == eager.descent.watch.read()
+    program, _ = trained(name, spoil={0, 4, 5}, compiled=True, build=recorder([]))
+    assert all(x.isfinite().all() for x in tensors(program.agent).values())
+    assert_same(tensors(program.agent), tensors(eager.agent))
+    bad = read(program)
+    assert bad == read(eager)
     assert {gradient.row for gradient in bad} == {0, 4, 5}
 
 
 def test_a_program_is_made_anew_where_what_it_writes_to_was_replaced():
     builds = []
-    agent, _ = trained("ddpg", recording(builds))
-    other, _ = trained("ddpg")
-    for one in (agent, other):
-        for parameter in one.critic_target.module.parameters():
+    program, _ = trained("ddpg", compiled=True, build=recorder(builds))
+    eager, _ = trained("ddpg")
+    for one in (program, eager):
+        for parameter in one.agent.critic_target.module.parameters():
             parameter.data = 2 * parameter.data
-        for k in (50, 51, 52):
-            one.update(batch_of("ddpg", 1, k))
-    assert len(builds) == 3  # also for the flat memory to which the target's update brings them
-    assert_same(tensors(agent), tensors(other))
+        for _ in range(3):
+            step(one)
+    assert len(builds) == 2
+    assert_same(tensors(program.agent), tensors(eager.agent))
 
 
 def test_loaded_moments_are_those_that_a_program_goes_on_with():
     builds = []
-    agent, _ = trained("ddpg", recording(builds))
-    other, _ = trained("ddpg")
-    for one in (agent, other):
-        kept = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers_of(one)]
-        one.update(batch_of("ddpg", 1, 50))
-        for optimizer, state in zip(optimizers_of(one), kept, strict=True):
-            optimizer.load_state_dict(state)
-        one.update(batch_of("ddpg", 1, 51))
-        assert kept[0]["state"][0]["step"] == 9  # and the state is not written to
+    program, _ = trained("ddpg", compiled=True, build=recorder(builds))
+    eager, _ = trained("ddpg")
+    for one in (program, eager):
+        kept = copy.deepcopy(one.agent.descent.state_dict())
+        step(one)
+        one.agent.descent.load_state_dict(kept)
+        step(one)
+        assert kept["critic"]["state"][0]["step"] == 9  # and the state is not written to
     assert len(builds) == 1
-    assert_same(tensors(agent), tensors(other))
+    assert_same(tensors(program.agent), tensors(eager.agent))
 
 
-def test_a_batch_of_another_form_is_another_program():
-    builds = []
-    agent, _ = trained("dqn", recording(builds))
-    other, _ = trained("dqn")
-    batch = random_batch(5, 4, 2, discrete=True, seed=1)
-    whole = batch._replace(action=batch.action.long())
-    turned = batch._replace(obs=batch.obs.mT.contiguous().mT)
-    for one in (agent, other):
-        for form in (batch, whole, turned):
-            one.update(form)
-    assert len(builds) == 4
-    assert_same(tensors(agent), tensors(other))
+def test_what_is_only_read_is_not_copied(monkeypatch):
+    table, total = torch.arange(6.0), torch.zeros(())
+    copied = []
+    clone = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda x: copied.append(x.numel()) or clone(x))
+    program = Program(lambda: {"total": total.add_(table.sum())}, build=recorder([]))
+    assert [program()["total"].item() for _ in range(2)] == [15, 30]
+    assert copied == [1]
 
 
 def test_a_rehearsal_that_fails_leaves_no_trace():
     weight = torch.ones(3)
 
-    def step(x):
+    def step():
         weight.mul_(2)
         raise ArithmeticError("on purpose")
 
     with pytest.raises(ArithmeticError, match="on purpose"):
-        Program(step)(torch.ones(3))
+        Program(step)()
     assert torch.equal(weight, torch.ones(3))
 
 
-def test_a_step_that_reads_a_value_is_refused():
-    weight = torch.ones(3)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("read", [lambda x: bool(x.sum() > 0), torch.nonzero, torch.Tensor.unique])
+def test_a_step_that_reads_a_value_is_refused(device, read):
+    weight = torch.ones(3, device=device)
 
-    def step(x):
-        if x.sum() > 0:
-            weight.mul_(2)
-        return {"x": x + weight}
+    def step():
+        weight.mul_(2)
+        read(weight)
+        return {"weight": weight}
 
     with pytest.raises(RuntimeError, match="this cannot be one program: it reads a tensor's value"):
-        Program(step)(torch.ones(3))
-    assert torch.equal(weight, torch.ones(3))
+        Program(step, device)()
+    assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_step_that_moves_memory_is_refused(device):
+    weight = nn.Parameter(torch.ones(3, device=device))
+
+    def step():
+        weight.data = weight.data * 2
+        return {}
+
+    with pytest.raises(RuntimeError, match="cannot be one program: it moves a tensor's memory"):
+        Program(step, device)()
 
 
 @pytest.mark.parametrize("generator", [None, torch.Generator()])
 def test_a_step_that_draws_is_refused(generator):
     with pytest.raises(RuntimeError, match="cannot be one program: it draws random numbers"):
-        Program(lambda x: {"x": x + torch.rand(3, generator=generator)})(torch.ones(3))
+        Program(lambda: {"x": torch.rand(3, generator=generator)})()
 
 
 def test_views_of_one_memory_are_written_in_order():
-    memory = torch.zeros(6)
+    memory, x = torch.zeros(6), torch.zeros(3)
 
-    def step(x):
+    def step():
         memory[1:4].add_(x)
         memory.view(2, 3)[:, 1].mul_(memory[3])
         return {"head": memory[:2].clone(), "sum": memory.sum()}
 
     builds = []
-    program = recording(builds)(step)
+    program = Program(step, build=recorder(builds))
     expected = torch.zeros(6)
     for k in range(3):
-        x = torch.arange(3.0) + k
-        tags = program(x)
+        x.copy_(torch.arange(3.0) + k)
+        tags = program()
         expected[1:4] += x
         expected.view(2, 3)[:, 1] *= expected[3].clone()
         assert torch.equal(memory, expected)
@@ -250,7 +300,7 @@ def test_a_compiled_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path):
     whole.run()
     second.run()
     for one in (whole, first, second):
-        assert len(one.agent.learn.recorded) == 1
+        assert len(one.learner.program.recorded) == 1
     assert_same(tensors(second.agent), tensors(whole.agent))
     assert (second.evaluations["last"].returns == whole.evaluations["last"].returns).all()
     for one in (whole, first, second):
@@ -312,14 +362,14 @@ def test_a_missing_compiler_is_named_before_anything_begins(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CASES)
 def test_a_captured_graph_launches_the_same_kernels(name):
     eager, eager_tags = trained(name, seeds=2, device="cuda", spoil={2, 5})
-    program, tags = trained(name, Program, seeds=2, device="cuda", spoil={2, 5})
-    assert len(program.learn.recorded) == programs_of(name)
-    assert_close(tensors(program), tensors(eager))
+    program, tags = trained(name, seeds=2, device="cuda", spoil={2, 5}, compiled=True)
+    assert len(program.program.recorded) == programs_of(name)
+    assert_close(tensors(program.agent), tensors(eager.agent))
     assert_close(tags, eager_tags)
+    assert read(program) == read(eager) != []
 
 
 def test_every_agent_has_a_case():

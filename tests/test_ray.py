@@ -1,16 +1,18 @@
-import fcntl
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
-import scripts
-from scripts import compare
-from scripts.compare import Options
-from scripts.experiment.measurement import Job, checkpoint_folder
+from scripts import compare, experiment
+from scripts.experiment import driver
+from scripts.experiment.jobs import Job, Options, plan
+from scripts.experiment.life import CHECKPOINT
+from scripts.experiment.locks import Hold
+from scripts.experiment.results import collect
 from tests.test_compare import TINY, execute
 from tests.test_experiment import resumed_at
 
@@ -36,7 +38,7 @@ def on_ray(address):
 def wait_for_a_checkpoint(out):
     """Wait until the job could go on if it were lost; not for ever."""
     for _ in range(60_000):
-        if any(checkpoint_folder(JOB, out / "runs").glob("*.json")):
+        if any((out / "runs" / JOB.run_names()[0] / CHECKPOINT).glob("*.json")):
             return
         time.sleep(0.002)
     pytest.fail("the job has not come to its first checkpoint")
@@ -69,10 +71,10 @@ def test_a_node_that_dies_changes_no_number(tmp_path, whole):
                 nodes.remove_node(first, allow_graceful=False)
                 return task
 
-            assert compare.execute([JOB], tmp_path, 1, begin_and_lose_the_node) == []
+            assert driver.execute([JOB], tmp_path, 1, begin_and_lose_the_node) == []
     finally:
         nodes.shutdown()
-    compare.collect(tmp_path)
+    collect(tmp_path)
     assert results(tmp_path) == whole
     assert len(resumed_at(JOB, tmp_path / "runs")) == 1
 
@@ -85,13 +87,13 @@ def test_ctrl_c_leaves_no_task_and_loses_nothing(tmp_path, whole):
 
     threading.Thread(target=press).start()
     with pytest.raises(KeyboardInterrupt), on_ray("local") as begin:
-        compare.execute([JOB], tmp_path, 1, begin)
-    with (tmp_path / "jobs" / f"{JOB.run_names()[0]}.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the task has let go of it
+        driver.execute([JOB], tmp_path, 1, begin)
+    with closing(Hold()) as hold:
+        hold.take(tmp_path / "runs" / JOB.run_names()[0])  # the task has let go of it
     wrong = Job("dqn", "CartPole-v1", (3,), **{**TINY, "agent": {"gamma": 2.0}})
     with on_ray("local") as begin:
-        assert compare.execute([JOB, wrong], tmp_path, 2, begin) == [wrong]
-    compare.collect(tmp_path)
+        assert driver.execute([JOB, wrong], tmp_path, 2, begin) == [wrong]
+    collect(tmp_path)
     assert results(tmp_path) == whole
     assert len(resumed_at(JOB, tmp_path / "runs")) == 1
     errors = (tmp_path / "jobs" / "CartPole-v1__dqn__3.stderr.txt").read_text()
@@ -107,7 +109,7 @@ def test_an_address_without_a_cluster_is_refused(address, tmp_path, capsys):
 
 def test_without_ray_the_error_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "scripts.experiment.cluster")
-    monkeypatch.delattr(scripts, "cluster")
+    monkeypatch.delattr(experiment, "cluster")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert compare.main(["--tier", "s", "--ray", "local", "--out", str(tmp_path)]) == 2
     assert "error: --ray needs Ray: pip install" in capsys.readouterr().err
@@ -123,27 +125,15 @@ def test_without_ray_the_error_says_what_to_install(tmp_path, capsys, monkeypatc
 )
 def test_resources_that_ray_does_not_know_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        compare.plan(options)
+        plan(options)
 
 
 def test_networks_live_on_the_gpu_that_is_asked_for():
-    jobs = compare.plan(Options(tier="s", ray="local", num_gpus=0.25))
+    jobs = plan(Options(tier="s", ray="local", num_gpus=0.25))
     assert {job.device for job in jobs} == {"cuda"}
-    assert {job.device for job in compare.plan(Options(tier="s", ray="local"))} == {"cpu"}
+    assert {job.device for job in plan(Options(tier="s", ray="local"))} == {"cpu"}
 
 
 def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="--out must lie on storage that all machines"):
         cluster.work(tmp_path / "jobs" / "run.json", tmp_path / "runs")
-
-
-def test_a_try_waits_for_the_one_before_it_but_not_for_ever(tmp_path, monkeypatch):
-    waited = []
-    path = tmp_path / "run.lock"
-    with cluster.alone(path):
-        monkeypatch.setattr(time, "sleep", waited.append)
-        with cluster.alone(path):  # passes over a lock that stays
-            assert sum(waited) == cluster.GRACE
-    waited.clear()
-    with cluster.alone(path):
-        assert waited == []

@@ -83,7 +83,8 @@ def test_polyak_steps_fit_a_separable_set_untuned_and_sgd_at_1_diverges(seed):
 
 def test_the_script_prints_the_comparison_and_draws_it(tmp_path, capsys):
     figure = tmp_path / "new" / "figure.png"
-    regression.main(Config(figure=figure, epochs=3, batch_size=200))
+    options = ["--figure", str(figure), "--epochs", "3", "--batch-size", "200"]
+    assert regression.main(options) == 0
     printed = capsys.readouterr().out
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert "notebook" not in printed  # these are not its settings
@@ -103,9 +104,19 @@ def test_the_notebooks_numbers_are_printed_for_its_settings(capsys):
 
 def test_an_unwritable_folder_is_one_sentence_before_any_training(tmp_path, capsys):
     (tmp_path / "file").touch()
+    assert regression.main(["--figure", str(tmp_path / "file" / "figure.png")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_its_help_names_the_command_and_a_wrong_option_is_refused(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        regression.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m scripts.regression ")
     with pytest.raises(SystemExit, match="2"):
-        regression.main(Config(figure=tmp_path / "file" / "figure.png"))
-    assert "cannot write to" in capsys.readouterr().err
+        regression.main(["--lr", "nan"])
+    assert "lr must be positive and finite, got nan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import csv
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from agents.dqn import DQNConfig
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training
+from agents.versions import versions
 from polyak_rl import Ema, Uniform
 from scripts import train
+from scripts.experiment.locks import LOCK, Hold
 from scripts.experiment.run_folder import AVERAGES
 from tests.test_checkpoint import assert_same
 from tests.test_training import Recorder
@@ -277,6 +280,12 @@ def whole(tmp_path_factory):
     return folder
 
 
+def contents(root):
+    """What is there, but for who holds it."""
+    files = [path for path in root.rglob("*") if path.is_file() and path.name != LOCK]
+    return {path: path.read_bytes() for path in files}
+
+
 class Killed(BaseException):
     pass
 
@@ -314,19 +323,23 @@ def test_a_run_that_breaks_off_twice_leaves_what_one_does_that_nothing_happened_
     assert_same_folders(whole, folder)
 
 
-def test_a_run_that_sigterm_stopped_goes_on_from_that_very_step(
-    whole, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_a_signal_stopped_goes_on_from_that_very_step(
+    number, whole, tmp_path, monkeypatch, capsys
 ):
+    """SIGTERM, or the end of its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     advance_ = Training.advance
 
     def asked_to_stop(self):
         advance_(self)
         if self.step == 133:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "advance", asked_to_stop)
-        assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 128 + signal.SIGTERM
+        assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 128 + number
+    signal.signal(signal.SIGHUP, before)
     (folder,) = tmp_path.iterdir()
     assert f"Go on: python -m scripts.train --resume {folder}" in capsys.readouterr().out
     assert newest(folder / "checkpoint")[0].step == 133
@@ -335,10 +348,10 @@ def test_a_run_that_sigterm_stopped_goes_on_from_that_very_step(
 
 
 def test_a_finished_run_has_nothing_to_resume_and_stays_as_it_is(whole, capsys):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    before = contents(whole)
     assert train.main(["--resume", str(whole)]) == 0
     assert "has finished: there is nothing to resume." in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert contents(whole) == before
 
 
 def test_a_run_that_still_goes_on_is_not_resumed_beside_itself(tmp_path, monkeypatch, capsys):
@@ -373,10 +386,10 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_training_goes_on(
 ):
     save = Checkpoints.save
 
-    def full(self):
+    def full(self, extra):
         if self.training.step == 140:
             raise OSError(28, "No space left on device")
-        save(self)
+        save(self, extra)
 
     monkeypatch.setattr(Checkpoints, "save", full)
     assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 0
@@ -421,6 +434,126 @@ def test_what_cannot_be_resumed_is_refused_in_one_sentence(
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
     assert not [*tmp_path.iterdir()]
+
+
+TOGETHER = f"ddpg {QUICK} {TINY} --checkpoint-every 70 --seeds 1,4 --together".split()
+
+
+@pytest.fixture
+def together(tmp_path, monkeypatch):
+    """The folders of two seeds that were trained together until they were killed."""
+    killed_at(180, monkeypatch, [*TOGETHER, "--runs-dir", str(tmp_path / "runs")])
+    return sorted((tmp_path / "runs").iterdir())
+
+
+def test_of_seeds_together_one_whose_folder_is_gone_is_begun_anew_and_that_is_said(
+    together, capsys
+):
+    first, second = together
+    shutil.rmtree(second)
+    assert train.main(["--resume", str(first)]) == 0
+    assert "note: the evaluations up to step 140 are lost: " in capsys.readouterr().err
+    assert "evaluations up to step 140 are lost" in (first / "resumed.txt").read_text()
+    tables = [(run / "evaluations.csv").read_text().splitlines() for run in together]
+    steps = [{row.partition(",")[0] for row in table} for table in tables]
+    assert steps == [{"step", "100", "200", "300"}, {"step", "200", "300"}]
+    assert (second / "policy.pt").exists()
+
+
+def test_nothing_is_written_before_all_of_seeds_together_was_read(together, capsys):
+    first, second = together
+    with (second / "evaluations.csv").open("r+b") as file:
+        file.write(b"damage")
+    before = contents(first.parent)
+    assert train.main(["--resume", str(first)]) == 2
+    assert f"{second} is not of this run" in capsys.readouterr().err
+    assert contents(first.parent) == before
+    second.rename(second.with_name("away"))
+    assert train.main(["--resume", str(first)]) == 0
+
+
+def test_a_table_that_was_damaged_keeps_its_whole_rows_and_that_is_said(
+    tmp_path, monkeypatch, capsys
+):
+    killed_at(239, monkeypatch, [*COMMAND, "--runs-dir", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    table = folder / "evaluations.csv"
+    rows = table.read_bytes().splitlines(keepends=True)
+    table.write_bytes(b"".join([rows[0], b"100,last,0,e,3\r\n", *rows[2:-1], rows[-1][:4]]))
+    assert train.main(["--resume", str(folder)]) == 0
+    assert f"{table} is not as it was at step 210: some rows are lost" in capsys.readouterr().err
+    assert table.read_bytes().splitlines(keepends=True)[1:5] == rows[2:6]
+    assert table.read_bytes().count(b"\n") == len(rows) - 2 + 6
+
+
+def test_a_config_that_was_damaged_is_written_anew(whole, tmp_path, monkeypatch):
+    killed_at(180, monkeypatch, [*COMMAND, "--runs-dir", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    (folder / "config.json").write_bytes(b"")
+    assert train.main(["--resume", str(folder)]) == 0
+    assert_same_folders(whole, folder)
+
+
+def test_a_run_that_another_process_finishes_before_it_can_be_had_is_not_trained_again(
+    whole, tmp_path, monkeypatch, capsys
+):
+    killed_at(180, monkeypatch, [*COMMAND, "--runs-dir", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    take = Hold.take
+
+    def take_after_the_other(self, path, **options):
+        monkeypatch.setattr(Hold, "take", take)
+        assert train.main(["--resume", str(folder)]) == 0
+        take(self, path, **options)
+
+    monkeypatch.setattr(Hold, "take", take_after_the_other)
+    assert train.main(["--resume", str(folder)]) == 0
+    assert capsys.readouterr().out.endswith("has finished: there is nothing to resume.\n")
+    assert len((folder / "resumed.txt").read_text().splitlines()) == 1
+    assert_same_folders(whole, folder)
+
+
+def test_a_run_whose_folder_is_deleted_ends_at_its_next_file_and_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    advance_ = Training.advance
+
+    def deleted(self):
+        advance_(self)
+        if self.step == 133:
+            shutil.rmtree(next(tmp_path.iterdir()))
+
+    monkeypatch.setattr(Training, "advance", deleted)
+    assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert "was not written: [Errno 2] the run's folder was deleted or replaced" in err[0]
+    assert err[-2].startswith("error: [Errno 2] No such file or directory")
+    assert err[-1].endswith("is gone: there is nothing to go on from.")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["CPU capability", "threads", "this program", "mujoco", "ale-py"])
+def test_whatever_decides_bits_is_recorded_and_what_differs_is_said(name, tmp_path):
+    parts = new(DQN, 40)
+    Checkpoints(tmp_path, *parts).save()
+    checkpoint, _ = newest(tmp_path)
+    assert checkpoint.versions == versions()
+    other = replace(checkpoint, versions=checkpoint.versions | {name: "another"})
+    now = versions()[name]
+    assert restore(other, *new(DQN, 40)) == [f"{name} was another, now it is {now}"]
+
+
+def test_the_cpu_capability_is_the_one_that_is_used():
+    program = "from agents.versions import versions; print(versions()['CPU capability'])"
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert out.stdout == "DEFAULT\n"
 
 
 # Real kills

@@ -633,7 +633,7 @@ def test_mistakes_are_said_in_a_sentence(tmp_path):
     torch.save({"format": "other"}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("not a file of tensors")
     for name in ("other.pt", "text.pt"):
-        with pytest.raises(ValueError, match=f"{name} is not averages"):
+        with pytest.raises(ValueError, match=f"{name} is (not averages|damaged, or no file)"):
             PolyakAveragingCallback.load(tmp_path / name, model)
     assert not [*tmp_path.glob("never*")]
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyak_rl import TargetNetwork, flatten_, hard_update, soft_update, weighted_average
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+from tests.pretended_cuda import SYNC_WARNING
 
 
 def mlp(seed: int = 0, hidden: int = 4) -> nn.Sequential:
@@ -1218,7 +1217,7 @@ def test_networks_that_do_not_match_are_not_averaged() -> None:
 
 
 @pytest.mark.cuda
-@needs_cuda
+@pytest.mark.filterwarnings(f"ignore:{SYNC_WARNING}")
 def test_on_a_device_the_update_stays_there_and_follows_online() -> None:
     online = mlp()
     target = TargetNetwork(online, 0.5)
@@ -1227,10 +1226,11 @@ def test_on_a_device_the_update_stays_there_and_follows_online() -> None:
     assert target.module[0].weight.is_cuda
     fill(online, 1.0)
     fill(target.module, 0.0)
-    with torch.cuda.device(0):
-        torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         target.update()
         lag = target.lag()
+    finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (target.module[0].weight == 0.5).all()
     assert lag.item() == pytest.approx(0.5)
@@ -1239,7 +1239,6 @@ def test_on_a_device_the_update_stays_there_and_follows_online() -> None:
 
 
 @pytest.mark.cuda
-@needs_cuda
 @pytest.mark.parametrize("kind", ["plain", "flat", "bfloat16"])
 def test_an_update_is_captured_in_a_graph_with_a_schedule_of_tau(kind: str) -> None:
     online = mlp().cuda()

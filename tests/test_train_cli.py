@@ -2,8 +2,8 @@ import csv
 import json
 import re
 import signal
-from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,9 +12,13 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from agents.dqn import DQNConfig
+from agents.environments import make_env
+from agents.presets import describe_preset
 from agents.seeding import evaluation_seeds
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
+from scripts.experiment import life
+from scripts.experiment.finished import read
 from scripts.experiment.run_folder import RunFolder, new_run_folder
 
 QUICK = ["--total-steps", "300", "--eval-every", "100", "--eval-episodes", "3"]
@@ -40,7 +44,7 @@ def test_the_run_folder_is_named_after_environment_algorithm_seed_and_time(run):
 def test_two_runs_that_begin_in_one_second_get_folders_of_their_own(tmp_path):
     folders = {new_run_folder(tmp_path, "ALE/Pong-v5", "dqn", 1) for _ in range(3)}
     assert len(folders) == 3
-    assert all(folder.name.startswith("ALE-Pong-v5__dqn__1__") for folder in folders)
+    assert all(folder.name.startswith("ALE%2FPong-v5__dqn__1__") for folder in folders)
 
 
 def test_evaluations_are_written_as_rows_and_in_the_form_of_stable_baselines3(run):
@@ -149,17 +153,18 @@ def test_the_policy_file_is_data_and_belongs_to_one_seed(run):
 
 def test_enjoy_plays_the_trained_policy(run, capsys):
     assert enjoy.main([str(run), "--episodes", "2", "--seed", "7"]) == 0
-    first, second, mean = capsys.readouterr().out.splitlines()
+    policy, first, second, mean = capsys.readouterr().out.splitlines()
+    assert policy == "policy: last"
     assert first.startswith("episode seed 7: return ")
     assert second.startswith("episode seed 8: return ")
     assert mean.endswith("over 2 episodes")
 
 
 def test_enjoy_reaches_the_returns_that_training_wrote_down(run):
-    policy, env_id, algo = enjoy.load_policy(run)
+    finished = read(run)
     seeds = evaluation_seeds("CartPole-v1", 3, 3).tolist()
-    env = enjoy.open_env(env_id, None)
-    played = [total for total, _ in enjoy.play(policy, env, algo, seeds)]
+    env, policy = make_env("CartPole-v1"), finished.policy("last")
+    played = [total for total, _ in enjoy.play(finished, policy, env, seeds)]
     assert played == np.load(run / "evaluations.npz")["results"][-1].tolist()
 
 
@@ -228,16 +233,16 @@ def test_options_that_do_not_parse_exit_with_code_2(command, capsys):
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert train.main(["dqn", *QUICK, "--runs-dir", str(tmp_path / "file" / "runs")]) == 2
+    assert train.main(["dqn", *QUICK, *SMALL, "--runs-dir", str(tmp_path / "file" / "runs")]) == 2
     assert capsys.readouterr().err.startswith("error: cannot make a folder in ")
 
 
 def test_a_run_folder_that_cannot_be_filled_is_taken_away(tmp_path, capsys, monkeypatch):
-    def full(self, *args):
+    def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    assert train.main(["dqn", *QUICK, "--runs-dir", str(tmp_path)]) == 2
+    monkeypatch.setattr("scripts.experiment.run_folder.write_whole", full)
+    assert train.main(["dqn", *QUICK, *SMALL, "--runs-dir", str(tmp_path)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -268,7 +273,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
     class Run:
         stopping = False
 
-    with train.stops_on_interrupt(Run()):
+    with life.stops_when_asked(Run()):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -299,3 +304,62 @@ def test_enjoy_refuses_a_folder_without_a_finished_run(damage, message, run, tmp
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err
+
+
+class Faulty(gym.Env):
+    """Cannot be reset, or cannot be closed."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def reset(self, *, seed=None, options=None):
+        if self.fault == "reset":
+            return np.zeros(2, dtype=np.float32)  # the old signature
+        return np.zeros(2, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, dtype=np.float32), 0.0, True, False, {}
+
+    def close(self):
+        if self.fault == "close":
+            raise OSError("port in use")
+
+
+@pytest.fixture(params=["reset", "close"])
+def faulty(request):
+    gym.register("test/Faulty-v1", lambda: Faulty(request.param))
+    yield request.param
+    gym.registry.pop("test/Faulty-v1")
+
+
+def test_a_fault_before_the_run_exits_with_2_and_one_after_it_loses_nothing(
+    faulty, tmp_path, capsys
+):
+    argv = ["dqn", "--env-id", "test/Faulty-v1", *QUICK, *SMALL, "--runs-dir", str(tmp_path)]
+    code = train.main(argv)
+    printed = capsys.readouterr()
+    if faulty == "reset":
+        assert code == 2
+        assert printed.err.startswith("error: the environment returned an array of float32 (2,)")
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert code == 0
+        assert printed.err.startswith("warning: the environment raised OSError in close: port")
+        assert printed.out.startswith("no preset for test/Faulty-v1: defaults of DQN\n")
+        assert len([*tmp_path.glob("*/policy.pt")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("env_id", "line"),
+    [
+        ("CartPole-v1", "preset: CartPole-v1"),
+        ("Acrobot-v1", "preset: Acrobot-v1"),
+        ("MountainCar-v0", "preset: MountainCar-v0"),
+        ("CartPole-v0", "no preset for CartPole-v0: defaults of DQN"),
+    ],
+)
+def test_the_first_line_says_where_the_settings_come_from(env_id, line):
+    assert describe_preset("dqn", env_id) == line

@@ -24,7 +24,7 @@ def flops(run: Callable[[], object]) -> int:
     """Floating-point operations in the matrix products of a call."""
     with FlopCounterMode(display=False) as counter:
         run()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def allocated(run: Callable[[], object], device: torch.device) -> int:

@@ -8,9 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from scripts.bench_cases.timing import Bench, Peaks
+
 LERP, COPY = "lerp_ on one vector", "copy of one vector"
 
 Call = Callable[[], Tensor]
+Sizes = tuple[int, ...]
 
 
 def bare_updates(network: nn.Module, tau: float) -> dict[str, Callable[[], object]]:
@@ -30,15 +33,20 @@ def on_one_vector(online: Tensor, tau: float) -> dict[str, Callable[[], object]]
     return {LERP: lambda: target.lerp_(online, tau), COPY: lambda: target.copy_(online)}
 
 
+def units(algo: str, obs: int, action: int, config: Any) -> tuple[Sizes, Sizes, int]:
+    """Units of Q, of the policy (none for DQN, whose Q acts), and how many critics there are."""
+    if algo == "dqn":
+        return (obs, *config.hidden, action), (), 1
+    pi = (obs, *config.hidden, 2 * action if algo == "sac" else action)
+    return (obs + action, *config.hidden, 1), pi, 1 if algo == "ddpg" else 2
+
+
 def gemms(algo: str, obs: int, action: int, config: Any, device: torch.device) -> list[Call]:
     """The matrix products that one gradient step needs, in order, and no others; TD3's of two."""
-    q = (obs + action, *config.hidden, 1)
+    q, pi, twins = units(algo, obs, action, config)
     run = partial(products, batch=config.batch_size, device=device)
     if algo == "dqn":
-        q = (obs, *config.hidden, action)
         return [*run(q), *run(q, back="weights")]  # Q^(s'), Q(s)
-    twins = 1 if algo == "ddpg" else 2
-    pi = (obs, *config.hidden, 2 * action if algo == "sac" else action)
     critic = [
         *run(pi),  # pi(s')
         *run(q, members=twins),  # Q'(s', pi(s'))
@@ -49,6 +57,31 @@ def gemms(algo: str, obs: int, action: int, config: Any, device: torch.device) -
         *run(pi, back="weights"),  # pi(s)
     ]
     return [*critic, *critic, *actor] if algo == "td3" else [*critic, *actor]
+
+
+def traffic(algo: str, obs: int, action: int, config: Any) -> int:
+    """Bytes that a gradient step moves at the least: Adam's and the soft targets'; TD3's of two.
+
+    Adam reads weights, gradients and two moments and writes three of them; a target update reads
+    two vectors and writes one. DQN's hard copies are rare, and the batch is small beside these.
+    """
+    q, pi, twins = units(algo, obs, action, config)
+    critics, actor = (sum((i + 1) * o for i, o in pairwise(sizes)) for sizes in (q, pi))
+    critics *= twins
+    if algo == "dqn":
+        return 4 * 7 * critics
+    critic_step, actor_step = 4 * (7 + 3) * critics, 4 * (7 + 3 * (algo != "sac")) * actor
+    return 2 * critic_step + actor_step if algo == "td3" else critic_step + actor_step
+
+
+def peaks(device: torch.device, elements: int = 1 << 27, side: int = 8192) -> Peaks:
+    """What the device can do: a plain copy of so many floats, and a product of square matrices."""
+    x, a = torch.ones(elements, device=device), torch.ones(side, side, device=device)
+    bench = Bench(device, rounds=5)
+    bench.section = "peaks"
+    bench.compare(COPY, {COPY: partial(torch.empty_like(x).copy_, x), "product": lambda: a @ a})
+    seconds = bench.cases[0].seconds
+    return Peaks(2 * x.nbytes / seconds(COPY).low, 2 * side**3 / seconds("product").low)
 
 
 def products(

@@ -29,7 +29,8 @@ def installed(name: str) -> Any:
 def rival_updates(network: nn.Module, tau: float) -> dict[str, Callable[[], object]]:
     """One target update on copies of a network, by library."""
     online, target = copy.deepcopy(network), copy.deepcopy(network)
-    averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(1 - tau))
+    ema_fn = get_ema_multi_avg_fn(1 - tau)  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(online, multi_avg_fn=ema_fn)
     rivals: dict[str, Callable[[], object]] = {
         SB3: lambda: polyak_update(online.parameters(), target.parameters(), tau),
         CLEANRL: lambda: cleanrl_update(online, target, tau),

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
+from agents.versions import commit
 from scripts.bench_cases.timing import Bench, Case, Goal, Value
-from scripts.experiment.measurement import commit
 
 
 def machine(bench: Bench) -> dict[str, Any]:
     """What the figures depend on."""
     packages = ("torch", "numpy", "stable_baselines3", "sbx-rl", "jax", "optax", "timm")
-    facts = {
+    facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit() or "unknown",
         "processor": processor(),
@@ -34,6 +34,9 @@ def machine(bench: Bench) -> dict[str, Any]:
     }
     if bench.device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(bench.device)
+    if bench.peaks is not None:
+        facts["copy"] = f"{bench.peaks.bandwidth / 1e12:.3g} TB/s"
+        facts["product"] = f"{bench.peaks.flops / 1e12:.3g} TFLOP/s"
     if bench.wall:
         # Below 1 the machine was shared: the rest of the time somebody else had the core.
         facts["share of the core"] = round(bench.cpu / bench.wall, 3)
@@ -83,6 +86,7 @@ def to_json(
         "goals": judged,
         "cases": cases,
         "values": [value._asdict() for value in bench.values],
+        "left out": bench.left_out,
     }
 
 
@@ -113,6 +117,8 @@ def to_markdown(
             parts.append(by_size(group) if len(group) > 1 else by_contender(group[0]))
         if values:
             parts.append(table(["", ""], [[v.name, counted(v)] for v in values]))
+    if bench.left_out:
+        parts.append(f"Left out: {'; '.join(bench.left_out)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,6 +129,9 @@ def by_contender(case: Case) -> str:
         [name, figure(case, name), str(case.ratio(base, name)) if name != base else "1"]
         for name in case.rounds
     ]
+    if case.roofline:
+        times = f"{case.seconds(base).median / case.roofline:.3g}"
+        rows.append(["roofline", in_unit(case.roofline), times])
     return table([case.size and f"size {case.size}", case.unit, f"times as fast as {base}"], rows)
 
 
@@ -130,6 +139,9 @@ def by_size(cases: list[Case]) -> str:
     """A row a size, a column a contender."""
     names = list(cases[0].rounds)
     rows = [[case.size, *(figure(case, name) for name in names)] for case in cases]
+    if any(case.roofline for case in cases):
+        names = [*names, "roofline"]
+        rows = [[*row, in_unit(c.roofline)] for row, c in zip(rows, cases, strict=True)]
     return table(["size", *names], rows)
 
 
@@ -138,10 +150,20 @@ def figure(case: Case, name: str) -> str:
     seconds = case.seconds(name)
     if case.unit == "steps/s":
         return f"{1 / seconds.median:,.0f} [{1 / seconds.high:,.0f}, {1 / seconds.low:,.0f}]"
-    power, unit = next(
-        ((p, u) for p, u in ((1e6, "µs"), (1e3, "ms")) if seconds.median * p < 1000), (1.0, "s")
-    )
-    return f"{seconds.scaled(power)} {unit}"
+    factor, unit = unit_of(seconds.median)
+    return f"{seconds.scaled(factor)} {unit}"
+
+
+def in_unit(seconds: float) -> str:
+    """A time in a unit that suits it."""
+    factor, unit = unit_of(seconds)
+    return f"{seconds * factor:.3g} {unit}"
+
+
+def unit_of(seconds: float) -> tuple[float, str]:
+    """How many of a unit that suits a time are in a second, and the unit."""
+    units = ((1e6, "µs"), (1e3, "ms"))
+    return next(((f, unit) for f, unit in units if seconds * f < 1000), (1.0, "s"))
 
 
 def counted(value: Value) -> str:

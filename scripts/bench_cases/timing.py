@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from agents.malloc import keep_freed_memory
 
 Clock = Literal["wall", "cpu"]
 Unit = Literal["seconds", "steps/s"]
+Item = TypeVar("Item")
+
+UPDATE, STEP, LOOP = 0.02, 0.2, 1.5  # seconds of a turn
 
 
 class Spread(NamedTuple):
@@ -70,6 +73,8 @@ class Case:
     baseline: str
     rounds: dict[str, list[float]]
     """seconds an item, by contender, in each round"""
+    roofline: float = 0.0
+    """seconds an item that the device's peaks allow; 0 where they were not measured"""
 
     def seconds(self, name: str) -> Spread:
         """Seconds of one item."""
@@ -92,7 +97,7 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """What must be reached: a ratio of two contenders' times in a case, or a value."""
+    """What must be reached: a ratio of two contenders' times, one contender's time, or a value."""
 
     text: str
     title: str
@@ -100,11 +105,11 @@ class Goal:
     over: str = ""
     under: str = ""
     scale: float = 1.0
-    """what the ratio is multiplied by"""
+    """what the ratio or the time is multiplied by"""
     at_least: float | None = None
     at_most: float | None = None
     gpu: bool = False
-    """whether only a GPU can show it"""
+    """whether it is asked of a GPU, else of a CPU"""
 
     @property
     def bound(self) -> str:
@@ -122,6 +127,25 @@ class Goal:
         return "pass" if low <= reached.median <= high else "miss"
 
 
+class Needs(NamedTuple):
+    """What an item needs at the least: bytes read and written, and floating-point operations."""
+
+    bytes: float = 0.0
+    flop: float = 0.0
+
+
+NOTHING = Needs()
+
+
+class Peaks(NamedTuple):
+    """What a device can do, measured."""
+
+    bandwidth: float
+    """bytes a second, read and written, of a plain copy"""
+    flops: float
+    """floating-point operations a second in a large product"""
+
+
 class Bench:
     """Times contenders against each other and keeps the figures.
 
@@ -129,43 +153,82 @@ class Bench:
         device: Where they work; it is waited for at both ends of a turn.
         rounds: Turns that each contender gets.
         clock: What a turn is timed by; "cpu" counts this process alone.
+        compile: Measure compiled steps too.
+        quick: One call a turn and the two smallest of all sizes: to see that everything runs.
+        minutes: Comparisons that would begin later than this are left out.
+        peaks: What the device can do, for rooflines.
     """
 
-    def __init__(self, device: torch.device, rounds: int, clock: Clock = "wall") -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rounds: int,
+        clock: Clock = "wall",
+        *,
+        compile: bool = False,
+        quick: bool = False,
+        minutes: float = math.inf,
+        peaks: Peaks | None = None,
+    ) -> None:
         self.device, self.rounds, self.clock = device, rounds, clock
+        self.compile, self.quick, self.peaks = compile, quick, peaks
+        self.deadline = time.monotonic() + 60 * minutes
         self.cases: list[Case] = []
         self.values: list[Value] = []
+        self.left_out: list[str] = []
         self.section = ""
         self.wall = self.cpu = 0.0  # seconds of all turns
+
+    def sizes(self, all_of_them: Sequence[Item]) -> Sequence[Item]:
+        """The sizes that are measured, of a list that grows."""
+        return all_of_them[:2] if self.quick else all_of_them
 
     def compare(
         self,
         title: str,
         contenders: Mapping[str, Contender | Callable[[], object]],
         *,
-        seconds: float,
+        seconds: float = UPDATE,
         size: str = "",
         unit: Unit = "seconds",
         note: str = "",
         baseline: str = "",
+        needs: Needs = NOTHING,
     ) -> None:
         """Let the contenders take turns of about `seconds`; a turn is at least one call."""
-        print(f"{self.section}: {title} {size}".rstrip(), file=sys.stderr, flush=True)
+        name = f"{self.section}: {title} {size}".rstrip()
+        if time.monotonic() > self.deadline:
+            self.left_out.append(name)
+            return
+        print(name, file=sys.stderr, flush=True)
         entered = {
-            name: c if isinstance(c, Contender) else Contender(c) for name, c in contenders.items()
+            who: c if isinstance(c, Contender) else Contender(c) for who, c in contenders.items()
         }
         gc.collect()
         gc.freeze()  # what was just built would be walked through in everybody's turns
-        calls = {name: self._calls(c, seconds) for name, c in entered.items()}
-        rounds: dict[str, list[float]] = {name: [] for name in entered}
+        calls: dict[str, int] = {}
+        for who, contender in [*entered.items()]:
+            try:
+                calls[who] = self._calls(contender, 0 if self.quick else seconds)
+            except RuntimeError as error:
+                if not contender.rival:
+                    raise
+                reason = str(error).partition("\n")[0]
+                self.left_out.append(f"{name}, {who} ({reason})")
+                del entered[who]
+        rounds: dict[str, list[float]] = {who: [] for who in entered}
         order = list(entered)
         for _ in range(self.rounds):
-            for name in order:
-                turn = self._turn(entered[name], calls[name])
-                rounds[name].append(turn / (calls[name] * entered[name].per_call))
+            for who in order:
+                turn = self._turn(entered[who], calls[who])
+                rounds[who].append(turn / (calls[who] * entered[who].per_call))
             order = [*order[1:], order[0]]
         gc.unfreeze()
-        self.cases.append(Case(self.section, title, size, unit, note, baseline, rounds))
+        roofline = 0.0
+        if self.peaks is not None:
+            roofline = max(needs.bytes / self.peaks.bandwidth, needs.flop / self.peaks.flops)
+        case = Case(self.section, title, size, unit, note, baseline, rounds, roofline)
+        self.cases.append(case)
 
     def value(self, name: str, value: float, unit: str) -> None:
         """Keep a figure that is no time."""
@@ -173,15 +236,18 @@ class Bench:
 
     def reached(self, goal: Goal) -> Spread | None:
         """What a goal came to; None where it was not measured."""
-        if goal.gpu and self.device.type != "cuda":
+        if goal.gpu != (self.device.type == "cuda"):
             return None
-        if not goal.over:
+        if not goal.under:
             found = [v.value for v in self.values if v.name == goal.title]
             return Spread.of(found) if found else None
+        names = {goal.over, goal.under} - {""}
         for case in self.cases:
-            names = {goal.over, goal.under}
             if (case.title, case.size) == (goal.title, goal.size) and names <= set(case.rounds):
-                return case.ratio(goal.over, goal.under).scaled(goal.scale)
+                reached = (
+                    case.ratio(goal.over, goal.under) if goal.over else case.seconds(goal.under)
+                )
+                return reached.scaled(goal.scale)
         return None
 
     def _calls(self, contender: Contender, seconds: float) -> int:
@@ -210,17 +276,23 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
+def call_all(calls: Sequence[Callable[[], object]]) -> None:
+    """Call one after another."""
+    for call in calls:
+        call()
+
+
 @contextlib.contextmanager
-def pinned(threads: int) -> Iterator[None]:
-    """As many threads in an operation, and as many cores for the process."""
+def pinned(threads: int, *, cores: bool = True) -> Iterator[None]:
+    """As many threads in an operation and, if wanted, as many cores for the process."""
     threads_before = torch.get_num_threads()
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    before = os.sched_getaffinity(0) if cores and hasattr(os, "sched_getaffinity") else set()
     torch.set_num_threads(threads)
-    if cores:
-        os.sched_setaffinity(0, sorted(cores)[-threads:])
+    if before:
+        os.sched_setaffinity(0, sorted(before)[-threads:])
     try:
         yield
     finally:
         torch.set_num_threads(threads_before)
-        if cores:
-            os.sched_setaffinity(0, cores)
+        if before:
+            os.sched_setaffinity(0, before)

@@ -1,181 +1,180 @@
-"""What is compared with what: a scheme against the last iterate, paired by run."""
+"""Which difference is looked at, how it is tested, and which word it may be called by."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from scripts.experiment import stats
+from scripts.experiment.schemes import LAST, PRIMARY
 from scripts.experiment.stats import Floats, Interval
-from scripts.experiment.tidy import (
-    BASE,
-    FEWEST,
-    MANY_TIES,
-    MARGIN,
-    NO_AVERAGES,
-    TIES,
-    Stratum,
-    present,
-)
+from scripts.experiment.tidy import LARGEST, Stratum
+
+FEWEST = 5  # runs: with fewer there is neither an interval nor a word
+SIGNIFICANT = 0.05
+MARGIN = 0.2  # standard deviations of the last iterate over runs: less does not matter
+CEILING = 0.5  # share of the pairs at the largest return
+
+Endpoint = Callable[..., Floats]  # (stratum, scheme, *beside) -> [N], NaN where there is none
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A scheme against last over the paired runs of one or more strata."""
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """A weighted sum over strata of mean paired differences, one number a run.
 
-    strata: list[Stratum]
-    runs: int
-    iqm: Interval  # of the paired differences; NaN ends where no interval may be printed
-    mean: Interval
-    ties: float  # share of differences that are exactly 0
-    wins: int
-    losses: int
-    better: Interval  # probability of improvement
-    p: float  # sign flips of the IQM, or of the mean where ties forbid the IQM; NaN under five runs
-
-    @property
-    def tied(self) -> bool:
-        """Whether ties forbid an IQM interval, so that the mean speaks."""
-        return self.ties > TIES
-
-    @property
-    def main(self) -> Interval:
-        """The interval that the conclusion rests on."""
-        return self.mean if self.tied else self.iqm
-
-    @property
-    def known(self) -> bool:
-        """Whether the differences are normalised."""
-        return all(s.known for s in self.strata)
-
-    @property
-    def measure(self) -> str:
-        """What `main` is an interval of."""
-        return "mean" if self.tied else "interquartile mean"
-
-    @property
-    def verdict(self) -> str:
-        """One word for what the interval allows to say."""
-        if self.runs < FEWEST:
-            return "too few runs"
-        if self.wins == self.losses == 0:
-            return "all tied"
-        by_flips = self.ties > MANY_TIES and self.p <= 0.05  # no interval to go by
-        if self.main.low > 0 or (by_flips and self.mean.estimate > 0):
-            return "better"
-        if self.main.high < 0 or (by_flips and self.mean.estimate < 0):
-            return "worse"
-        if self.known and self.main.inside(MARGIN):
-            return "no difference"
-        return "open"
-
-
-def point(estimate: Floats) -> Interval:
-    """An estimate without an interval."""
-    return Interval(estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan))
-
-
-def iqm_of(x: Floats, value: float | None = None) -> Interval:
-    """The IQM of one stratum's runs [n], with its interval where runs and ties allow one."""
-    if x.size < FEWEST or stats.tie_share(x, value) > TIES:
-        return point(stats.iqm(x))
-    return stats.iqm_interval(x)
-
-
-def mean_of(*strata: Floats) -> Interval:
-    """The mean over the runs of strata, with its interval where runs and ties allow one."""
-    pooled = np.concatenate(strata)
-    if min(x.size for x in strata) < FEWEST or stats.tie_share(pooled, 0.0) > MANY_TIES:
-        return point(stats.mean(pooled))
-    return stats.mean_interval(*strata)
-
-
-def compare(
-    strata: Sequence[Stratum], scheme: str, rng: np.random.Generator, resamples: int
-) -> Comparison | None:
-    """The scheme against last, by whole runs; None where no run has both."""
-    strata = [s for s in strata if s.difference(scheme).size]
-    return weigh(strata, [s.difference(scheme) for s in strata], rng, resamples) if strata else None
-
-
-def weigh(
-    strata: Sequence[Stratum], d: Sequence[Floats], rng: np.random.Generator, resamples: int
-) -> Comparison:
-    """All that is said of paired differences d, one array [n] for each stratum.
-
-    Over one stratum the IQM's interval is Tukey and McLaughlin's, over several the bootstrap's.
+    Attributes:
+        samples: The differences, one array [n_e] for each stratum.
+        weights: Of the strata; None: equal ones.
+        margin: What does not matter is smaller.
+        ceiling: Over half of the pairs are at the environment's largest return.
+        by_t: p is that of the t interval, in place of sign flips.
     """
-    pooled = np.concatenate(d)
-    ties = stats.tie_share(pooled, 0.0)
-    if len(d) == 1 or ties > TIES:
-        iqm = iqm_of(pooled, 0.0)
-    else:
-        iqm = stats.bootstrap_interval(d, rng, resamples=resamples)
-    statistic = stats.mean if ties > TIES else stats.iqm
-    return Comparison(
-        strata=list(strata),
-        runs=pooled.size,
-        iqm=iqm,
-        mean=mean_of(*d),
-        ties=ties,
-        wins=int((pooled > 0).sum()),
-        losses=int((pooled < 0).sum()),
-        better=stats.share_interval(stats.improvement_probability(pooled), pooled.size),
-        p=math.nan if pooled.size < FEWEST else stats.sign_flip_p(d, rng, statistic, resamples),
-    )
+
+    samples: tuple[Floats, ...]
+    weights: tuple[float, ...] | None = None
+    margin: float = np.nan
+    ceiling: bool = False
+    by_t: bool = False
+
+    @property
+    def runs(self) -> int:
+        """In all strata."""
+        return sum(x.size for x in self.samples)
+
+    @property
+    def enough(self) -> bool:
+        """Whether each stratum has the runs for an interval and a test."""
+        return min(x.size for x in self.samples) >= FEWEST
+
+    @cached_property
+    def interval(self) -> Interval:
+        """The estimate with its 95 % t interval; NaN ends where runs are too few."""
+        if self.enough:
+            return stats.mean_interval(*self.samples, weights=self.weights)
+        nothing = np.array(np.nan)
+        return Interval(np.asarray(self._sum(np.mean)), nothing, nothing)
+
+    @cached_property
+    def p(self) -> float:
+        """Two-sided and not adjusted; NaN where runs are too few."""
+        if not self.enough:
+            return np.nan
+        test = stats.t_p if self.by_t else stats.sign_flip_p
+        return test(*self.samples, weights=self.weights)
+
+    @property
+    def iqm(self) -> float:
+        """The same sum of interquartile means."""
+        return self._sum(stats.iqm)
+
+    def _sum(self, statistic: Callable[[Floats], Floats]) -> float:
+        weights = self.weights or [1 / len(self.samples)] * len(self.samples)
+        values = [float(statistic(x)) if x.size else np.nan for x in self.samples]
+        return float(np.dot(weights, values))
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Runs that came out better, tied, and worse."""
+        d = np.concatenate(self.samples)
+        return int((d > 0).sum()), int((d == 0).sum()), int((d < 0).sum())
+
+    def can_reject(self, tests: int) -> bool:
+        """Whether any outcome of the untied runs could be significant among so many tests."""
+        better, _, worse = self.counts
+        least = 0.0 if self.by_t else 2.0 ** (1 - better - worse)
+        return self.enough and least <= SIGNIFICANT / tests
+
+    def word(self, p: float) -> str:
+        """What may be said, given the adjusted p; NaN where it was left out of the family."""
+        if not self.enough:
+            return "too few runs"
+        if p <= SIGNIFICANT:
+            return "better" if self.interval.estimate > 0 else "worse"
+        if self.ceiling:
+            return "cannot tell: ceiling"
+        if self.interval.inside(self.margin):
+            return "no difference that matters"
+        return "not settled"
 
 
-def choose(
-    stratum: Stratum, first: int, rng: np.random.Generator, resamples: int
-) -> tuple[str, float, Comparison] | None:
-    """The average that does best in the first runs, and what it does in all others.
+def gain(
+    *strata: Stratum,
+    scheme: str = PRIMARY.name,
+    base: str = LAST.name,
+    endpoint: Endpoint = Stratum.shipped,
+    weights: tuple[float, ...] | None = None,
+    crashed: Sequence[int] = (),
+    by_t: bool = False,
+) -> Effect:
+    """The scheme minus the base, paired by run.
 
     Args:
-        stratum: Its runs are ordered by training seed.
-        first: So many runs choose, 1 or more; at least five others must be left to test.
-        rng: For the sign flips.
-        resamples: Sign flips.
-
-    Returns:
-        The scheme with the largest IQM of the paired differences in the first runs, that IQM, and
-        its comparison in the others; None where runs or schemes are too few.
+        strata: Where; each weighs the same unless `weights` are given.
+        scheme: The policy that is judged.
+        base: The one that it is judged against.
+        endpoint: `Stratum.shipped` or `Stratum.late`.
+        weights: Of the strata, for a contrast between them.
+        crashed: Runs of each stratum that crashed and are to count as no difference.
+        by_t: See `Effect`.
     """
-    order = sorted(
-        range(len(stratum.runs)), key=lambda i: (len(stratum.seeds[i]), stratum.seeds[i])
-    )
-    finished = present(stratum.endpoint(BASE)[order[:first]]).size
-    found = {}
-    for name in stratum.scores:
-        if name in NO_AVERAGES or name.startswith("line"):
-            continue
-        d = stratum.gain(name)[order]
-        choosing, testing = present(d[:first]), present(d[first:])
-        if choosing.size == finished > 0 and testing.size >= FEWEST:
-            found[name] = float(stats.iqm(choosing)), testing
-    if not found:
-        return None
-    best = max(found, key=lambda name: found[name][0])
-    there, testing = found[best]
-    return best, there, weigh([stratum], [testing], rng, resamples)
+    pairs = [(endpoint(s, scheme, base), endpoint(s, base, scheme)) for s in strata]
+    samples = [present(a - b) for a, b in pairs]
+    for i, lost in enumerate(crashed):
+        samples[i] = np.append(samples[i], np.zeros(lost))
+    at = np.concatenate([at_ceiling(s, a, b) for s, (a, b) in zip(strata, pairs, strict=True)])
+    ceiling = bool(at.size) and at.mean() > CEILING
+    return Effect(tuple(samples), weights, margin(*strata, endpoint=endpoint), ceiling, by_t)
 
 
-def band(x: Floats, rng: np.random.Generator, value: float | None = None) -> Interval:
-    """The IQM of curves [n, P] with a simultaneous band; no band under five runs or where tied."""
-    out = point(stats.iqm(x.T))
-    free = np.array([stats.tie_share(p, value) <= TIES for p in x.T])
-    if len(x) >= FEWEST and free.any():
-        held = stats.simultaneous_band(x[:, free], rng)
-        out.low[free], out.high[free] = held.low, held.high
-    return out
+def contrast(
+    terms: Sequence[tuple[float, Stratum, str]], *, endpoint: Endpoint = Stratum.shipped
+) -> Effect:
+    """A weighted sum of scores of several strata, paired by training seed.
+
+    Args:
+        terms: (weight, stratum, scheme) each.
+        endpoint: `Stratum.shipped` or `Stratum.late`.
+    """
+    scores = []
+    for _, s, scheme in terms:
+        beside = {other for _, one, other in terms if one is s}
+        scores.append(dict(zip(s.seeds, endpoint(s, scheme, *beside), strict=True)))
+    common = [seed for seed in scores[0] if all(np.isfinite(x.get(seed, np.nan)) for x in scores)]
+    rows = np.array([[x[seed] for seed in common] for x in scores])
+    weights = np.array([weight for weight, _, _ in terms])
+    strata = {s.key: s for _, s, _ in terms}
+    return Effect((weights @ rows,), margin=margin(*strata.values(), endpoint=endpoint))
 
 
-def stability(stratum: Stratum, scheme: str) -> dict[str, Floats]:
-    """What each run's late evaluations say beyond their mean, normalised, [N] each."""
-    scores, tails = stratum.scores[scheme], stratum.endpoint(scheme, stratum.tails)
-    whole = np.isfinite(scores).all(axis=1)
-    sd, drop = np.full((2, len(scores)), np.nan)
-    if whole.any() and scores.shape[1] >= 2:
-        sd[whole] = stats.late_sd(scores[whole]) / stratum.span
-        drop[whole] = stats.max_drawdown(scores[whole]) / stratum.span
-    return {"SD within run": sd, "CVaR 10 %": stratum.normalise(tails), "drawdown": drop}
+def margin(*strata: Stratum, endpoint: Endpoint = Stratum.shipped) -> float:
+    """What does not matter: a share of last's standard deviation over runs, the strata's mean."""
+    ends = [present(endpoint(s, LAST.name)) for s in strata]
+    if min(map(len, ends)) < 2:
+        return np.nan
+    return float(MARGIN * np.mean([x.std(ddof=1) for x in ends]))
+
+
+def at_ceiling(s: Stratum, a: Floats, b: Floats) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which of the pairs that are there have both at the environment's largest return."""
+    there = np.isfinite(a) & np.isfinite(b)
+    top = s.normalise(np.array(LARGEST.get(s.env, np.inf)))
+    return (a[there] >= top) & (b[there] >= top)
+
+
+def present(x: Floats) -> Floats:
+    """The entries that are not NaN."""
+    return x[np.isfinite(x)]
+
+
+def adjust(family: Sequence[Effect | None]) -> list[float]:
+    """Holm's p of each test over those that can reject; NaN of the others.
+
+    A test that is planned and not computed, None, counts as one that found nothing.
+    """
+    tests = [e for e in family if e is None or e.enough]
+    able = [i for i, e in enumerate(family) if e is None or e.can_reject(len(tests))]
+    adjusted = np.full(len(family), np.nan)
+    raw = [1.0 if (e := family[i]) is None else e.p for i in able]
+    adjusted[able] = stats.holm(raw) if able else []
+    return [float("nan") if e is None else float(p) for e, p in zip(family, adjusted, strict=True)]

@@ -3,24 +3,25 @@
     python -m scripts.compare --tier l --ray auto --out /shared/compare
 
 Every job is one task of Ray, which queues them, places them and starts a task again whose machine
-was lost; there it goes on from the job's last checkpoint. Tasks and driver talk through files, as
-processes on one machine do: this checkout, its environment and `--out` must have the same paths on
-every machine. What a job computes is what it computes locally, byte for byte on CPUs of one kind.
+was lost; there it goes on from the job's last checkpoint, and waits for the first try where that
+one still writes. Tasks and driver talk through files, as processes on one machine do: this
+checkout, its environment and `--out` must have the same paths on every machine. What a job computes
+is what it computes locally, byte for byte on CPUs of one kind.
 """
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from polyak_rl.files import write_whole
 from scripts.experiment import __main__ as worker
-from scripts.experiment.measurement import Job
+from scripts.experiment.driver import errors_file, job_file
+from scripts.experiment.jobs import Job
 
 # Before the import, which reads them.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -30,11 +31,11 @@ try:
     import ray
     from ray.exceptions import RayError
 except ImportError as error:
-    raise ImportError("--ray needs Ray: pip install -c constraints.txt -e '.[ray]'") from error
+    raise ImportError("--ray needs Ray: pip install -c constraints.txt --group ray") from error
 
 RETRIES = 5  # of a job that loses its machine; an error of the job itself is final
 OBJECT_STORE = 100_000_000  # bytes; tasks return nothing
-GRACE = 30  # seconds for cancelled tasks to end, and for lost ones that have not noticed
+GRACE = 30  # seconds for cancelled tasks to end
 
 
 @contextlib.contextmanager
@@ -83,9 +84,9 @@ class Task:
     """A job on Ray, with what `scripts.compare.execute` asks of a process."""
 
     def __init__(self, remote: Any, job: Job, out: Path) -> None:
-        name, out = job.run_names()[0], out.absolute()
-        self.errors = out / "jobs" / f"{name}.stderr.txt"
-        self.ref = remote.remote(out / "jobs" / f"{name}.json", out / "runs")
+        out = out.absolute()
+        self.errors = errors_file(job, out)
+        self.ref = remote.remote(job_file(job, out), out / "runs")
 
     def poll(self) -> int | None:
         """None as long as the task waits or runs, then 0, or 1 if it failed."""
@@ -95,7 +96,8 @@ class Task:
         try:
             ray.get(self.ref)
         except RayError as error:
-            self.errors.write_text(f"{error}\n")
+            with write_whole(self.errors) as file:
+                file.write(f"{error}\n".encode())
             return 1
         return 0
 
@@ -115,22 +117,4 @@ def work(record: Path, out: Path) -> None:
             f"{record} is not there on {socket.gethostname()}: --out must lie on storage that all "
             "machines share, at the same path"
         )
-    with alone(record.with_suffix(".lock")):
-        worker.main([str(record), str(out)])
-
-
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold a file's lock, so that no two tries of a job write to its folder.
-
-    A try that lost contact with the cluster may live on for some seconds beside the next one. A
-    lock that stays is one that a dead machine has left behind, and is passed over.
-    """
-    with path.open("w") as file:
-        for _ in range(GRACE):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:  # held, or the storage knows no locks
-                time.sleep(1)
-        yield
+    worker.main([str(record), str(out)])

@@ -1,45 +1,48 @@
-"""One seed's run on disk: TensorBoard events, configuration, evaluations, and the final policy."""
+"""One seed's run on disk: configuration, TensorBoard events, evaluations, and the final policy."""
 
 import csv
 import dataclasses
+import hashlib
+import io
 import itertools
 import json
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tensorboard.plugins.hparams.api_pb2 import MetricName
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from agents.training import TrainConfig
+from agents.versions import versions
 from polyak_rl.files import write_whole
+from scripts.experiment.events import EventFile, summary
+from scripts.experiment.paths import folder_name
+from scripts.experiment.schemes import SCHEMES
 
+SHOWN = [SCHEMES[name] for name in ("tail50", "ema1")]  # what every run is evaluated with
 LAYOUT = {
     "evaluation": {
-        "last iterate, uniform average of the last half": [
-            "Multiline",
-            ["eval/(last|tail50|suffix50)$"],
-        ],
-        "last iterate, EMA": ["Multiline", ["eval/(last|ema1)$"]],
-        "every scheme": ["Multiline", ["eval/.*"]],
-    },
+        f"last iterate, {scheme.label}": ["Multiline", [f"eval/(last|{scheme.name})$"]]
+        for scheme in SHOWN
+    }
+    | {"every scheme": ["Multiline", ["eval/.*"]]},
     "weights": {
-        "distance of the uniform average to the last": [
+        f"distance to the last iterate, {scheme.label}": [
             "Multiline",
-            ["averaging/distance_to_last/tail50$"],
-        ],
-        "distance of the EMA to the last": ["Multiline", ["averaging/distance_to_last/ema1$"]],
-        "lag of target networks": ["Multiline", ["target/.*"]],
-    },
+            [f"averaging/distance_to_last/{scheme.name}$"],
+        ]
+        for scheme in SHOWN
+    }
+    | {"lag of target networks": ["Multiline", ["target/.*"]]},
 }
 """The charts under TensorBoard's custom scalars.
 
@@ -49,9 +52,13 @@ a chart has one curve of each folder.
 """
 AVERAGES = "averages"
 """The folder of TensorBoard events in a run's folder that has the evaluations of averages."""
+TABLE = "evaluations.csv"
 COLUMNS = ("algo", "env_id", "learning_rate", "seed", "total_steps")
 """The hyper-parameters that TensorBoard's table shows without being asked."""
 CSV_COLUMNS = ("step", "scheme", "episode", "return", "length")
+HEADER = ",".join(CSV_COLUMNS).encode() + b"\r\n"
+_NUMBER = rb"(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf|nan)"
+_ROW = re.compile(rb"(\d{1,18}),[\w.]+,\d+," + _NUMBER + rb",\d{1,18}\r\n")
 
 
 def new_run_folder(root: Path, env_id: str, algo: str, seed: int) -> Path:
@@ -60,7 +67,7 @@ def new_run_folder(root: Path, env_id: str, algo: str, seed: int) -> Path:
     Raises:
         ValueError: The folder cannot be made.
     """
-    name = f"{env_id.replace('/', '-')}__{algo}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = folder_name(env_id, algo, str(seed), time.strftime("%Y%m%d-%H%M%S"))
     for number in itertools.count(1):
         path = root / (name if number == 1 else f"{name}-{number}")
         try:
@@ -71,6 +78,27 @@ def new_run_folder(root: Path, env_id: str, algo: str, seed: int) -> Path:
         except OSError as error:
             raise ValueError(f"cannot make a folder in {root}: {error.strerror}") from error
     raise AssertionError("unreachable: the count has no end")
+
+
+def rows_until(folder: Path, mark: Sequence[Any], step: int) -> tuple[bytes, str]:
+    """The table that a checkpoint knew, and what is wrong with it, or nothing.
+
+    Args:
+        folder: Of the run.
+        mark: What `RunFolder.mark` was at the checkpoint.
+        step: Of the checkpoint; a table that is damaged gives its whole rows up to there.
+    """
+    size, sha256 = mark
+    try:
+        data = (folder / TABLE).read_bytes()
+    except OSError as error:
+        return HEADER, f"the evaluations up to step {step:,} are lost: {error}"
+    known = data[: int(size)]
+    if hashlib.sha256(known).hexdigest() == sha256:
+        return known, ""
+    rows = (_ROW.fullmatch(line) for line in data.splitlines(keepends=True))
+    kept = b"".join(row[0] for row in rows if row and int(row[1]) <= step)
+    return HEADER + kept, f"{folder / TABLE} is not as it was at step {step:,}: some rows are lost"
 
 
 class RunFolder:
@@ -88,6 +116,7 @@ class RunFolder:
         agent_config: The algorithm's.
         resume_at: Environment step from which the run goes on; what was written of later steps is
             taken back. None begins a run.
+        rows: The table up to there.
     """
 
     def __init__(
@@ -98,40 +127,46 @@ class RunFolder:
         config: TrainConfig,
         agent_config: Any,
         resume_at: int | None = None,
+        rows: bytes = HEADER,
     ) -> None:
         self.path = path
-        self.averages: SummaryWriter | None = None  # opened by the first evaluation of an average
+        self.averages: EventFile | None = None  # opened by the first evaluation of an average
         self.averaged: dict[str, None] = {}  # the averages that have a curve, in their order
         self.last: list[tuple[int, NDArray[np.float64], NDArray[np.int64]]] = []
-        record = {
+        record: dict[str, Any] = {
             "algo": algo,
             "seed": seed,
             "run": dataclasses.asdict(config),
             "agent": dataclasses.asdict(agent_config),
-            "versions": {
-                "torch": torch.__version__,
-                "gymnasium": gymnasium.__version__,
-                "numpy": np.__version__,
-            },
+            "versions": versions(config.device),
         }
         self.hyperparameters = {"algo": algo, "seed": seed} | record["run"] | record["agent"]
-        if resume_at is not None:
-            self._resume(resume_at)
-            return
-        (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-        self.writer = SummaryWriter(str(path))
-        table = "\n".join(f"| {key} | {value} |" for key, value in self.hyperparameters.items())
-        self.writer.add_text("hyperparameters", f"| name | value |\n|---|---|\n{table}")
-        self.writer.add_custom_scalars(LAYOUT)
-        self.csv_file = (path / "evaluations.csv").open("w", newline="")
-        self.csv = csv.writer(self.csv_file)
-        self.csv.writerow(CSV_COLUMNS)
-        self.csv_file.flush()
+        if resume_at is None or not _is_json(path / "config.json"):
+            with write_whole(path / "config.json") as file:
+                file.write(json.dumps(record, indent=2).encode() + b"\n")
+        with write_whole(path / TABLE) as file:
+            file.write(rows)
+        self.size, self._digest = len(rows), hashlib.sha256(rows)
+        self._read_last(rows)
+        self.table = (path / TABLE).open("ab")
+        self.events = EventFile(path, resume_at)
+        if resume_at is None:
+            lines = "\n".join(f"| {key} | {value} |" for key, value in self.hyperparameters.items())
+            table = f"| name | value |\n|---|---|\n{lines}"
+            self.events.add(summary.text("hyperparameters", table))
+            self.events.add(summary.custom_scalars(LAYOUT))
+        elif (path / AVERAGES).is_dir():
+            self.averages = EventFile(path / AVERAGES, resume_at)
+
+    @property
+    def mark(self) -> tuple[int, str]:
+        """Bytes and SHA-256 of the table so far."""
+        return self.size, self._digest.hexdigest()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write values at an environment step to TensorBoard."""
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
+            self.events.scalar(tag, value, step)
 
     def evaluation(
         self,
@@ -143,20 +178,25 @@ class RunFolder:
     ) -> None:
         """Write one scheme's evaluation episodes [E]; to TensorBoard only as part of a curve."""
         if curve:
-            self._writer_of(scheme).add_scalar(f"eval/{scheme}", returns.mean(), step)
-        for episode, (total, length) in enumerate(zip(returns, lengths, strict=True)):
-            self.csv.writerow((step, scheme, episode, float(total), int(length)))
-        self.csv_file.flush()
+            self._events_of(scheme).scalar(f"eval/{scheme}", returns.mean(), step)
+        lines = io.StringIO()
+        csv.writer(lines).writerows(
+            (step, scheme, episode, float(total), int(length))
+            for episode, (total, length) in enumerate(zip(returns, lengths, strict=True))
+        )
+        data = lines.getvalue().encode()
+        self.table.write(data)
+        self.table.flush()
+        self.size += len(data)
+        self._digest.update(data)
         if scheme == "last":
             self.last.append((step, returns, lengths))
             self._write_archive()
 
     def sync(self) -> None:
-        """Bring what was written to the disk, TensorBoard's queue included."""
-        self._flush()
-        for path in (self.path / "evaluations.csv", *self._event_files()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        """Bring what was written to the disk."""
+        os.fsync(self.table.fileno())
+        self._flush(sync=True)
 
     def finish(self, policy: Mapping[str, Tensor], *, completed: bool = True) -> None:
         """Save the policy's weights; of a completed run, the score beside the hyper-parameters."""
@@ -168,32 +208,33 @@ class RunFolder:
                 key: value if type(value) in (int, float) else str(value)
                 for key, value in self.hyperparameters.items()
             }
-            experiment, start, end = hparams(plain, {"eval/last": 0.0})
+            experiment, start, end = summary.hparams(plain, {"eval/last": 0.0})
             self._describe(experiment.value[0].metadata.plugin_data)
-            for summary in (experiment, start, end):
-                self.writer.file_writer.add_summary(summary, self.last[-1][0])
+            for entry in (experiment, start, end):
+                self.events.add(entry, self.last[-1][0])
         self._flush()
 
     def close(self) -> None:
         """Close the files."""
-        self.writer.close()
+        self.events.close()
         if self.averages:
             self.averages.close()
-        self.csv_file.close()
+        with suppress(OSError):  # what waits in it could not be written before, which was said
+            self.table.close()
 
-    def _writer_of(self, scheme: str) -> SummaryWriter:
+    def _events_of(self, scheme: str) -> EventFile:
         """Where a scheme's evaluations go."""
         if scheme == "last":
-            return self.writer
+            return self.events
         self.averaged[scheme] = None
         if self.averages is None:
-            self.averages = SummaryWriter(str(self.path / AVERAGES))
+            self.averages = EventFile(self.path / AVERAGES)
         return self.averages
 
-    def _flush(self) -> None:
-        self.writer.flush()
-        if self.averages:
-            self.averages.flush()
+    def _flush(self, *, sync: bool = False) -> None:
+        for events in (self.events, self.averages):
+            if events:
+                events.flush(sync=sync)
 
     def _describe(self, plugin_data: Any) -> None:
         """Say which columns of TensorBoard's table of hyper-parameters are worth opening with.
@@ -209,49 +250,35 @@ class RunFolder:
             description.experiment.metric_infos.add(name=name, display_name=tag)
         plugin_data.content = description.SerializeToString()
 
-    def _event_files(self) -> list[Path]:
-        folders = (self.path, self.path / AVERAGES)
-        return [path for folder in folders for path in folder.glob("events.out.tfevents.*")]
-
-    def _write_archive(self) -> None:
-        fewest = min(len(row) for _, row, _ in self.last)  # the file holds a rectangle
-        steps = np.array([step for step, _, _ in self.last])
-        all_returns = np.stack([row[:fewest] for _, row, _ in self.last])
-        all_lengths = np.stack([row[:fewest] for _, _, row in self.last])
-        partial = self.path / "evaluations.partial.npz"
-        np.savez(partial, timesteps=steps, results=all_returns, ep_lengths=all_lengths)
-        partial.replace(self.path / "evaluations.npz")
-
-    def _resume(self, step: int) -> None:
-        """Take back what was written of steps after this one, and go on writing."""
-        table = self.path / "evaluations.csv"
-        kept, last = [",".join(CSV_COLUMNS) + "\r\n"], dict[int, list[list[str]]]()
-        for line in table.read_bytes().decode(errors="replace").splitlines(keepends=True)[1:]:
-            row = line.split(",")
-            if not line.endswith("\r\n") or len(row) != len(CSV_COLUMNS):
-                continue  # torn when the run was killed
-            if int(row[0]) <= step:
-                kept.append(line)
-                if row[1] == "last":
-                    last.setdefault(int(row[0]), []).append(row)
+    def _read_last(self, rows: bytes) -> None:
+        """Take up the last iterate's evaluations from the table."""
+        last = dict[int, list[list[str]]]()
+        for step, scheme, *row in csv.reader(rows.decode().splitlines()[1:]):
+            if scheme == "last":
+                last.setdefault(int(step), []).append(row)
         self.last = [
-            (at, np.array([float(row[3]) for row in rows]), np.array([int(row[4]) for row in rows]))
-            for at, rows in last.items()
+            (at, np.array([float(row[1]) for row in each]), np.array([int(row[2]) for row in each]))
+            for at, each in last.items()
         ]
-        with write_whole(table) as file:
-            file.write("".join(kept).encode())
         if self.last:
             self._write_archive()
         else:
             (self.path / "evaluations.npz").unlink(missing_ok=True)
-        self.csv_file = table.open("a", newline="")
-        self.csv = csv.writer(self.csv_file)
-        self._wait_for_a_later_name()
-        self.writer = SummaryWriter(str(self.path), purge_step=step + 1)
-        if (self.path / AVERAGES).is_dir():
-            self.averages = SummaryWriter(str(self.path / AVERAGES), purge_step=step + 1)
 
-    def _wait_for_a_later_name(self) -> None:
-        """TensorBoard reads event files in the order of their names, which begin with a second."""
-        seconds = [int(p.name.split(".")[3]) for p in self._event_files()]
-        time.sleep(min(1.0, max(0.0, max(seconds, default=0) + 1 - time.time())))
+    def _write_archive(self) -> None:
+        fewest = min(len(row) for _, row, _ in self.last)  # the file holds a rectangle
+        with write_whole(self.path / "evaluations.npz") as file:
+            np.savez(
+                file,
+                timesteps=np.array([step for step, _, _ in self.last]),
+                results=np.stack([row[:fewest] for _, row, _ in self.last]),
+                ep_lengths=np.stack([row[:fewest] for _, _, row in self.last]),
+            )
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True

@@ -9,6 +9,8 @@ from polyak_rl import Between, Ema, Rule, Tail, Uniform
 LATE = 0.8
 """Evaluations from this share of the run on are stopping times of the second endpoint."""
 
+When = Literal["always", "late", "end", "never"]
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -17,22 +19,33 @@ class Scheme:
     Attributes:
         name: As rows, figures and TensorBoard have it.
         label: In words.
-        when: It is evaluated at every point, from `LATE` on, or at the end of the run.
+        when: It is evaluated at every point, from `LATE` on, at the end of the run; or no more.
         rule: The average, for a run of so many updates; None: it is no average of the run.
         at: The share of the run at which a checkpoint is taken, in per cent.
+        place: Its axis in the figure of the averages, and where it stands there, in per cent of the
+            run.
     """
 
     name: str
     label: str
-    when: Literal["always", "late", "end"]
+    when: When
     rule: Callable[[int], Rule] | None = None
     at: int | None = None
+    place: tuple[Literal["tail", "ema"], float] | None = None
 
 
-def tail(percent: int, when: Literal["always", "late", "end"]) -> Scheme:
+def tail(percent: int, when: When) -> Scheme:
     """The uniform average of the last part of the run."""
     label = f"uniform over the last {percent} %"
-    return Scheme(f"tail{percent}", label, when, lambda updates: Tail(percent / 100))
+    rule = lambda updates: Tail(percent / 100)  # noqa: E731
+    return Scheme(f"tail{percent}", label, when, rule, place=("tail", percent))
+
+
+def ema(percent: float, when: When) -> Scheme:
+    """The exponential average with a half-life of a part of the run."""
+    label = f"EMA, half-life {percent:g} %"
+    rule = lambda updates: Ema(half_life=max(1.0, percent * updates / 100))  # noqa: E731
+    return Scheme(f"ema{percent:g}", label, when, rule, place=("ema", percent))
 
 
 def window(percent: int) -> Scheme:
@@ -47,25 +60,57 @@ def checkpoint(percent: int) -> Scheme:
     return Scheme(f"checkpoint{percent}", f"iterate at {percent} % of the run", "end", at=percent)
 
 
-SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("last", "last iterate", "always"),
-        tail(5, "end"),
-        tail(10, "end"),
-        tail(25, "always"),
-        tail(50, "always"),
-        Scheme("all", "uniform over all of training", "end", lambda updates: Uniform()),
-        Scheme(
-            "ema1",
-            "EMA, half-life 1 %",
-            "late",
-            lambda updates: Ema(half_life=max(1.0, updates / 100)),
-        ),
-        Scheme("target", "the target actor", "late"),
-        *(window(percent) for percent in range(95, 50, -5)),
-        *(checkpoint(percent) for percent in range(95, 70, -5)),
-        Scheme("placebo", "last iterate, other episodes", "end"),
-    )
-}
-"""All schemes by name, in the order of the tables."""
+def table(*schemes: Scheme) -> dict[str, Scheme]:
+    """The schemes by name."""
+    return {scheme.name: scheme for scheme in schemes}
+
+
+LAST = Scheme("last", "last iterate", "always")
+PRIMARY = tail(25, "always")
+TARGET = Scheme("target", "the target actor", "late")
+PLACEBO = Scheme("placebo", "placebo: last iterate, other episodes", "end")
+
+SCHEMES = table(
+    LAST,
+    tail(5, "end"),
+    tail(10, "end"),
+    PRIMARY,
+    tail(50, "always"),
+    Scheme(
+        "all",
+        "uniform over all of training",
+        "end",
+        lambda updates: Uniform(),
+        place=("tail", 100),
+    ),
+    ema(1, "late"),
+    TARGET,
+    *(window(percent) for percent in range(95, 50, -5)),
+    *(checkpoint(percent) for percent in range(95, 70, -5)),
+    PLACEBO,
+)
+"""All schemes of the study by name, in the order of the tables."""
+
+SHIPPABLE = [
+    scheme
+    for scheme in SCHEMES.values()
+    if scheme.at is None and scheme.name != "all" and scheme is not PLACEBO
+]
+"""What `scripts.ship` chooses among; windows stand for checkpoints, of which no files are kept."""
+
+KNOWN = SCHEMES | table(
+    tail(75, "never"),
+    tail(90, "never"),
+    *(ema(percent, "never") for percent in (0.1, 0.3, 3, 10)),
+    *(
+        Scheme(f"power{gamma}", f"power function, gamma = {gamma}", "never")
+        for gamma in (6.94, 16.97)
+    ),
+    Scheme("lawa", "LAWA, 5 snapshots of the last 5 %", "never"),
+    Scheme("best", "best of 20 checkpoints, a baseline that spends 480 episodes", "never"),
+    *(
+        Scheme(f"line{x:g}", f"on the line through last (0) and tail50 (1), at {x:g}", "never")
+        for x in (-0.5, 0, 0.25, 0.5, 0.75, 1, 1.5)
+    ),
+)
+"""The same and those of the first study, which are measured no more."""

@@ -1,33 +1,27 @@
 """Results of runs as the report reads them: tidy rows in, one array a stratum out."""
 
-# ruff: noqa: RUF001  (the text has minus signs, dashes and Greek letters, and means them)
-
 import csv
 import gzip
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from scripts.experiment import schemes, stats
-from scripts.experiment.stats import Floats
+from scripts.experiment.schemes import KNOWN, LATE
+from scripts.experiment.stats import Floats, cvar
 
 COLUMNS = ("run", "env", "algo", "seed", "scheme", "step", "episode", "return")
-BASE = "last"
-CHECKPOINTS = tuple(name for name in schemes.SCHEMES if name.startswith("checkpoint"))
-NO_AVERAGES = (BASE, "best", "placebo", *CHECKPOINTS)
-LAST_POINTS = 5  # the endpoint is the mean over these
-MARGIN = 0.02  # of the way from a random policy to the reference: smaller does not matter
-TIES = 0.25  # beyond this share of ties an IQM interval does not cover,
-MANY_TIES = 0.5  # and beyond this one nor does a t interval: a few runs are all it has seen move
-FIRM, FEWEST = 10, 5  # runs: "indicative" under the first, no interval under the second
 
-# Scores of a uniformly random policy and of a good one, to put environments on one scale.
-SCALES = {
+Scale = tuple[float, float]  # scores of a uniformly random policy, and of a good one
+
+SCALES: Mapping[str, Scale] = {
     "CartPole-v1": (22.0, 500.0),
     "Acrobot-v1": (-500.0, -75.0),
     "LunarLander-v3": (-181.0, 250.0),
@@ -41,27 +35,9 @@ SCALES = {
     "Reacher-v5": (-42.9, -3.0),
     "Walker2d-v5": (2.0, 5000.0),
 }
+LARGEST = {"CartPole-v1": 500.0, "InvertedPendulum-v5": 1000.0}  # no return is above
 
-SCHEMES = {  # in the order of the tables; those of the study, and those of the first one
-    **{name: scheme.label for name, scheme in schemes.SCHEMES.items()},
-    "uniform0": "uniform over all of training",
-    "suffix90": "uniform over the last 90 %",
-    "suffix75": "uniform over the last 75 %",
-    "suffix50": "uniform over the last 50 %",
-    "suffix25": "uniform over the last 25 %",
-    "suffix10": "uniform over the last 10 %",
-    "ema0.1": "EMA, half-life 0.1 %",
-    "ema0.3": "EMA, half-life 0.3 %",
-    "ema1": "EMA, half-life 1 %",
-    "ema3": "EMA, half-life 3 %",
-    "ema10": "EMA, half-life 10 %",
-    "power6.94": "power function, γ = 6.94",
-    "power16.97": "power function, γ = 16.97",
-    "lawa": "LAWA, 5 snapshots of the last 5 %",
-    "target": "the target actor",
-    "best": "best checkpoint, fresh episodes (oracle)",
-    "placebo": "last iterate, other episodes (placebo)",
-}
+Key = tuple[str, str, str]  # environment, algorithm, variant
 
 
 @dataclass(frozen=True)
@@ -75,28 +51,52 @@ class Run:
     seed: str
     status: str = "finished"  # or crashed, not run, ...
     seconds: float | None = None  # wall-clock
-    config: dict[str, Any] = field(default_factory=dict)
+    evaluating: float | None = None  # of these
+    config: dict[str, str] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         """The stratum that it belongs to."""
         return self.env, self.algo, self.variant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stratum:
-    """All runs of one algorithm on one environment in one variant, evaluated at the same steps."""
+    """All runs of one algorithm on one environment in one variant, evaluated at the same steps.
+
+    Attributes:
+        runs: Their names, [N].
+        seeds: Their training seeds, [N].
+        steps: The environment steps of the evaluations, [P].
+        scores: By scheme the mean return of the episodes, [N, P]; NaN where there are none.
+        final: By scheme the returns of the last point's episodes, [N, E]; NaN as above.
+        scale: What is 0 and what is 1 of a normalised score; None: scores are raw.
+    """
 
     env: str
     algo: str
     variant: str
-    runs: list[str]  # [N]
-    seeds: list[str]  # [N]
-    steps: Floats  # [P], environment steps
-    scores: dict[
-        str, Floats
-    ]  # scheme -> [N, P], mean return of the episodes, NaN where there is none
-    tails: dict[str, Floats]  # the same, mean return of the worst tenth of the episodes
+    runs: list[str]
+    seeds: list[str]
+    steps: Floats
+    scores: dict[str, Floats]
+    final: dict[str, Floats]
+    scale: Scale | None
+
+    @property
+    def key(self) -> Key:
+        """Environment, algorithm and variant."""
+        return self.env, self.algo, self.variant
+
+    def only(self, keep: NDArray[np.bool_]) -> "Stratum":
+        """The same with those of its runs, [N], that are to be kept."""
+        return replace(
+            self,
+            runs=[run for run, kept in zip(self.runs, keep, strict=True) if kept],
+            seeds=[seed for seed, kept in zip(self.seeds, keep, strict=True) if kept],
+            scores={name: x[keep] for name, x in self.scores.items()},
+            final={name: x[keep] for name, x in self.final.items()},
+        )
 
     @property
     def name(self) -> str:
@@ -105,61 +105,68 @@ class Stratum:
         return f"{algo} {self.env}" + (f" ({self.variant})" if self.variant else "")
 
     @property
-    def known(self) -> bool:
-        """Whether there is a random and a reference score to normalise with."""
-        return self.env in SCALES
-
-    @property
-    def span(self) -> float:
-        """What one unit of a difference is in raw score: reference - random, or 1 if unknown."""
-        random, reference = SCALES.get(self.env, (0.0, 1.0))
-        return reference - random
+    def share(self) -> Floats:
+        """How much of the run lies before each evaluation, [P]."""
+        return np.asarray(self.steps / max(1.0, self.steps[-1]))
 
     def normalise(self, score: Floats) -> Floats:
-        """(score - random) / (reference - random); the raw score of an unknown environment."""
-        return (score - SCALES.get(self.env, (0.0, 1.0))[0]) / self.span
+        """(score - random) / (reference - random), or the score where these are not known."""
+        random, reference = self.scale or (0.0, 1.0)
+        return np.asarray((score - random) / (reference - random))
 
-    def endpoint(self, scheme: str, table: dict[str, Floats] | None = None) -> Floats:
-        """The raw mean over the last five points, [N]; NaN for a run that lacks one of them."""
-        table = self.scores if table is None else table
+    def curve(self, scheme: str) -> Floats:
+        """Normalised scores at all points, [N, P]."""
+        missing = np.full((len(self.runs), len(self.steps)), np.nan)
+        return self.normalise(self.scores.get(scheme, missing))
+
+    def episodes(self, scheme: str, *beside: str) -> Floats:
+        """Returns of the last point's episodes that all these schemes played, [N, E]."""
         missing = np.full((len(self.runs), 1), np.nan)
-        return table.get(scheme, missing)[:, -LAST_POINTS:].mean(axis=1)
+        rows = [self.final.get(name, missing) for name in (scheme, *beside)]
+        return np.where(np.isfinite(sum(rows)), rows[0], np.nan)
 
-    def difference(self, scheme: str) -> Floats:
-        """Paired, normalised endpoint differences from last, of the runs that have both, [n]."""
-        return present(self.gain(scheme))
+    def follows(self, *schemes: str) -> bool:
+        """Whether a run has all these schemes at every point of several."""
+        together = np.sum([self.curve(scheme) for scheme in schemes], axis=0)
+        return len(self.steps) > 1 and bool(np.isfinite(together).all(axis=1).any())
 
-    def gain(self, scheme: str) -> Floats:
-        """The same of every run, [N]; NaN where it lacks one of them."""
-        return (self.endpoint(scheme) - self.endpoint(BASE)) / self.span
+    def shipped(self, scheme: str, *beside: str) -> Floats:
+        """The normalised score at the end of the run, [N]; NaN for a run that lacks it.
 
-    def by_seed(self, scheme: str) -> dict[str, float]:
-        """Normalised endpoints by training seed, to pair the runs of two variants."""
-        score = self.normalise(self.endpoint(scheme))
-        return {s: x for s, x in zip(self.seeds, score, strict=True) if np.isfinite(x)}
+        Args:
+            scheme: The policy's weights.
+            beside: Others that it will be compared with: episodes that one did not play are out.
+        """
+        return self.normalise(each(self.episodes(scheme, *beside), np.mean))
 
-    def curves(self, *schemes: str) -> list[Floats]:
-        """Normalised scores [n, P] of the runs with every scheme at every point; [] if none."""
-        if any(scheme not in self.scores for scheme in schemes):
-            return []
-        both = np.stack([self.scores[scheme] for scheme in schemes])
-        whole = np.isfinite(both).all(axis=(0, 2))
-        return list(self.normalise(both[:, whole])) if whole.any() else []
+    def late(self, scheme: str, *beside: str) -> Floats:
+        """The normalised mean over the points from `LATE` of the run on, [N]; NaN as above."""
+        points = self.curve(scheme)[:, self.share >= LATE - 1e-9]
+        points[:, -1] = self.shipped(scheme, *beside)
+        return np.asarray(points.mean(axis=1))
+
+    def worst(self, scheme: str, *beside: str) -> Floats:
+        """The normalised mean of the worst tenth of the last point's episodes, [N]."""
+        return self.normalise(each(self.episodes(scheme, *beside), cvar))
+
+    def wobble(self, scheme: str) -> Floats:
+        """The standard deviation of each run's curve over (50 %, 75 %] of the run, [N].
+
+        It lies before every endpoint, so that what it predicts is not made of the same numbers.
+        """
+        before = self.curve(scheme)[:, (self.share > 0.5) & (self.share <= 0.75)]
+        if before.shape[1] < 2:
+            return np.full(len(self.runs), np.nan)
+        return np.asarray(before.std(axis=1, ddof=1))
 
 
-def present(x: Floats) -> Floats:
-    """The entries that are not NaN."""
-    return x[np.isfinite(x)]
+def each(rows: Floats, statistic: Callable[[Floats], Floats]) -> Floats:
+    """The statistic of what is not NaN in each row, [N, E] -> [N]; NaN where nothing is."""
+    parts = (row[np.isfinite(row)] for row in rows)
+    return np.array([statistic(part) if part.size else np.nan for part in parts])
 
 
-def open_text(path: Path) -> TextIO:
-    """The file as text, unpacked where its name ends in .gz."""
-    if path.suffix == ".gz":
-        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8", newline=""))
-    return path.open(encoding="utf-8", newline="")
-
-
-def result_files(paths: Iterable[Path]) -> list[Path]:
+def result_files(paths: Sequence[Path]) -> list[Path]:
     """The CSV files named, and those in the folders named, at any depth."""
     files: list[Path] = []
     for path in paths:
@@ -167,101 +174,156 @@ def result_files(paths: Iterable[Path]) -> list[Path]:
             raise ValueError(f"results must be a CSV file or a folder of them, got {path}: no such")
         found = [path] if path.is_file() else [*path.rglob("*.csv"), *path.rglob("*.csv.gz")]
         files += sorted(f for f in found if not f.name.startswith("runs.csv"))
+    if not paths:
+        raise ValueError("give results: CSV files, or folders of them")
     if not files:
         raise ValueError(f"expected .csv or .csv.gz files, found none in {[*map(str, paths)]}")
     return list(dict.fromkeys(files))
 
 
+def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file, packed where its name ends in .gz, each with its place.
+
+    Raises:
+        ValueError: The file is no table.
+    """
+    try:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with cast(TextIO, opened(path, "rt", encoding="utf-8", newline="")) as lines:
+            rows = csv.DictReader(lines)
+            if missing := [c for c in COLUMNS if c not in (rows.fieldnames or [])]:
+                raise ValueError(f"{path}: expected the columns {COLUMNS}, missing {missing}")
+            for row in rows:
+                yield f"{path}, line {rows.line_num}", row
+    except (csv.Error, UnicodeError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read as a table, {error}") from None
+
+
 Episodes = dict[tuple[str, int], dict[str, float]]  # (scheme, step) -> episode -> return
 
 
-def read_results(files: Iterable[Path]) -> list[Stratum]:
+def read_results(files: Iterable[Path], scales: Mapping[str, Scale] = SCALES) -> list[Stratum]:
     """All strata in tidy CSV files, in order of their names; a row given twice counts once."""
-    table: dict[tuple[str, str, str], dict[tuple[str, str], Episodes]] = {}
+    table: dict[Key, dict[tuple[str, str], Episodes]] = {}
     for path in files:
-        with open_text(path) as lines:
-            rows = csv.DictReader(lines)
-            missing = [c for c in COLUMNS if c not in (rows.fieldnames or [])]
-            if missing:
-                raise ValueError(f"{path}: expected the columns {COLUMNS}, missing {missing}")
-            for row in rows:
-                place = f"{path}, line {rows.line_num}"
-                try:
-                    step, score = int(float(row["step"])), float(row["return"])
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"{place}: step and return must be numbers, {error}") from None
-                if not math.isfinite(score):
-                    raise ValueError(f"{place}: return must be finite, got {score}")
-                runs = table.setdefault((row["env"], row["algo"], row.get("variant") or ""), {})
-                episodes = runs.setdefault((row["run"], row["seed"]), {})
-                cell = episodes.setdefault((row["scheme"], step), {})
-                if cell.setdefault(row["episode"], score) != score:
-                    raise ValueError(
-                        f"{place}: one return an episode, got {cell[row['episode']]} and {score}"
-                        f" for run {row['run']}, {row['scheme']}, step {step}"
-                    )
-    return [stratum(key, runs) for key, runs in sorted(table.items())]
+        for place, row in read_table(path):
+            try:
+                step, score = int(float(row["step"])), float(row["return"])
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"{place}: step and return must be numbers, {error}") from None
+            if not math.isfinite(score):
+                raise ValueError(f"{place}: return must be finite, got {score}")
+            if step < 0 or any(row[column] is None for column in COLUMNS):
+                raise ValueError(f"{place}: expected {len(COLUMNS)} values and a step from 0 on")
+            runs = table.setdefault((row["env"], row["algo"], row.get("variant") or ""), {})
+            episodes = runs.setdefault((row["run"], row["seed"]), {})
+            cell = episodes.setdefault((row["scheme"], step), {})
+            if cell.setdefault(row["episode"], score) != score:
+                raise ValueError(
+                    f"{place}: one return an episode, got {cell[row['episode']]} and {score}"
+                    f" for run {row['run']}, {row['scheme']}, step {step}"
+                )
+    return [stratum(key, runs, scales.get(key[0])) for key, runs in sorted(table.items())]
 
 
-def stratum(key: tuple[str, str, str], table: dict[tuple[str, str], Episodes]) -> Stratum:
+def stratum(key: Key, table: dict[tuple[str, str], Episodes], scale: Scale | None) -> Stratum:
     """Lay out one stratum's episodes as arrays; runs must share their evaluation steps."""
-    runs = sorted(table, key=lambda run: (len(run[1]), run[1], run[0]))  # seed 2 before seed 10
+    runs = sorted(table, key=lambda run: (natural(run[1]), run[0]))
     evaluated = {run: {step for _, step in table[run]} for run in runs}
-    grid = sorted(max(evaluated.values(), key=len))
+    _, grid = max((len(steps), sorted(steps)) for steps in evaluated.values())
     for run in runs:
         if alien := evaluated[run] - set(grid):
             raise ValueError(
                 f"runs of {key} must be evaluated at the same steps,"
                 f" got {sorted(alien)[:3]} in run {run[0]} alone"
             )
-    schemes = sorted({scheme for episodes in table.values() for scheme, _ in episodes}, key=rank)
-    shape = (len(runs), len(grid))
-    scores = {scheme: np.full(shape, np.nan) for scheme in schemes}
-    tails = {scheme: np.full(shape, np.nan) for scheme in schemes}
     column = {step: j for j, step in enumerate(grid)}
+    named = {scheme for episodes in table.values() for scheme, _ in episodes}
+    schemes = sorted(named, key=rank)
+    scores = {scheme: np.full((len(runs), len(grid)), np.nan) for scheme in schemes}
+    ends = [cell for every in table.values() for (_, at), cell in every.items() if at == grid[-1]]
+    place = {name: i for i, name in enumerate(sorted({*chain(*ends)}, key=natural))}
+    final = {scheme: np.full((len(runs), len(place)), np.nan) for scheme in schemes}
     for i, run in enumerate(runs):
         for (scheme, step), cell in table[run].items():
-            returns = list(cell.values())
-            scores[scheme][i, column[step]] = np.mean(returns)
-            tails[scheme][i, column[step]] = stats.cvar(returns, 0.1)
+            scores[scheme][i, column[step]] = np.mean([*cell.values()])
+            if step == grid[-1]:
+                for episode, score in cell.items():
+                    final[scheme][i, place[episode]] = score
     names, seeds = zip(*runs, strict=True)
-    return Stratum(*key, list(names), list(seeds), np.array(grid, float), scores, tails)
+    return Stratum(*key, list(names), list(seeds), np.array(grid, float), scores, final, scale)
+
+
+def natural(number: str) -> tuple[int, str]:
+    """Sorts seed 2 before seed 10."""
+    return len(number), number
 
 
 def rank(scheme: str) -> tuple[int, str]:
     """Where a scheme stands in a table: known ones in order, then others by name."""
-    known = list(SCHEMES)
+    known = list(KNOWN)
     return (known.index(scheme) if scheme in known else len(known), scheme)
 
 
+def label(scheme: str) -> str:
+    """A scheme in words."""
+    return KNOWN[scheme].label if scheme in KNOWN else scheme
+
+
+def place_of(scheme: str) -> tuple[str, float] | None:
+    """A scheme's place in the figure of the averages."""
+    return KNOWN[scheme].place if scheme in KNOWN else None
+
+
 def read_runs(files: Iterable[Path]) -> tuple[list[Run], dict[str, Any]]:
-    """The planned runs in runs.json or runs.csv beside the results, and what else is said there."""
+    """The planned runs in runs.json or runs.csv beside the results, and what else is said there.
+
+    Raises:
+        ValueError: Such a file is no list of runs.
+    """
     runs: dict[tuple[str, ...], Run] = {}
     about: dict[str, Any] = {}
     for folder in dict.fromkeys(path.parent for path in files):
-        entries: list[dict[str, Any]] = []
-        if (folder / "runs.json").exists():
-            said = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
-            if isinstance(said, dict):
-                about |= {k: v for k, v in said.items() if k != "runs"}
-                said = said.get("runs", [])
-            entries += said
-        if (folder / "runs.csv").exists():
-            with (folder / "runs.csv").open(encoding="utf-8", newline="") as lines:
-                entries += csv.DictReader(lines)
-        for entry in entries:
-            if missing := [k for k in ("run", "env", "algo", "seed", "status") if k not in entry]:
-                raise ValueError(f"runs in {folder}: missing {missing} in {entry}")
-            config, seconds = entry.get("config") or {}, entry.get("seconds")
-            run = Run(
-                env=entry["env"],
-                algo=entry["algo"],
-                variant=entry.get("variant") or "",
-                run=str(entry["run"]),
-                seed=str(entry["seed"]),
-                status=entry["status"].replace("_", " "),
-                seconds=float(seconds) if seconds not in (None, "") else None,
-                config=json.loads(config) if isinstance(config, str) else config,
-            )
-            runs[*run.key, run.run] = run
+        entries: list[Any] = []
+        try:
+            if (path := folder / "runs.json").exists():
+                said = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(said, dict):
+                    scores = {"scores": said["scores"]} if "scores" in said else {}
+                    about |= {key: str(said[key]) for key in said if key != "runs"} | scores
+                    said = said.get("runs", [])
+                entries += said
+            if (path := folder / "runs.csv").exists():
+                with path.open(encoding="utf-8", newline="") as lines:
+                    entries += csv.DictReader(lines)
+            planned = [planned_run(entry) for entry in entries]
+        except (ValueError, TypeError, KeyError, RecursionError, csv.Error, OSError) as error:
+            raise ValueError(f"{path}: not a list of runs, {error or 'too deep'}") from None
+        runs |= {(*run.key, run.run): run for run in planned}
     return list(runs.values()), about
+
+
+def planned_run(entry: Any) -> Run:
+    """A run as runs.json or runs.csv has it."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"a run must have names and values, got {str(entry)[:60]}")
+    if missing := [k for k in ("run", "env", "algo", "seed", "status") if k not in entry]:
+        raise ValueError(f"missing {missing} in {str(entry)[:200]}")
+    config = entry.get("config") or {}
+    seconds, evaluating = (
+        None if entry.get(name) in (None, "") else float(entry[name])
+        for name in ("seconds", "evaluating")
+    )
+    if isinstance(config, str):
+        config = json.loads(config)
+    return Run(
+        env=str(entry["env"]),
+        algo=str(entry["algo"]),
+        variant=str(entry.get("variant") or ""),
+        run=str(entry["run"]),
+        seed=str(entry["seed"]),
+        status=str(entry["status"]).replace("_", " "),
+        seconds=seconds,
+        evaluating=evaluating,
+        config={str(name): str(value) for name, value in dict(config).items()},
+    )

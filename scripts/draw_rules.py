@@ -1,6 +1,6 @@
 """Draw how much each rule weighs the iterates of a run.
 
-python -m scripts.weights --rule uniform --rule tail:0.5 --out weights.png
+python -m scripts.draw_rules --rule uniform --rule tail:0.5 --out rules.png
 """
 
 import sys
@@ -24,7 +24,7 @@ class Options:
 
     rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """a rule, with periods in gradient steps of a run of 2000; repeat it for several"""
-    out: Path = Path("runs/weights.png")
+    out: Path = Path("runs/rules.png")
     """the picture; its ending says the format"""
 
 
@@ -33,7 +33,7 @@ DEFAULT = ("uniform", "tail:0.5", "polynomial:3", "power:sigma_rel=0.1", "ema:ha
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.weights", description=__doc__)
+    options = tyro.cli(Options, args=argv, prog="python -m scripts.draw_rules", description=__doc__)
     try:
         figure = draw(options.rule or DEFAULT)
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(rules: Sequence[str]) -> Figure:
     """Weights over the run, as density: 1 is what the uniform average gives to each iterate."""
-    matplotlib.rcParams.update({"font.size": 10, "svg.hashsalt": "weights"})
+    matplotlib.rcParams.update({"font.size": 10, "svg.hashsalt": "rules"})
     figure = Figure(figsize=(7.0, 3.2), layout="constrained")
     axes = figure.subplots()
     share = [100 * (j + 0.5) / UPDATES for j in range(UPDATES)]

@@ -1,0 +1,112 @@
+"""Gradient steps beside other libraries' and beside their own matrix products, and of many seeds.
+
+Discrete control learns in bursts, as in its presets; the others take one step a call, TD3 two, of
+which one is an actor's too.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+from agents.ddpg import DDPGConfig
+from agents.dqn import DQNConfig
+from agents.sac import SACConfig
+from agents.td3 import TD3Config
+from agents.training import Training
+from scripts.bench_cases.counting import flops
+from scripts.bench_cases.floors import gemms, traffic
+from scripts.bench_cases.gpu import graphed
+from scripts.bench_cases.lean import LEAN, LeanSAC
+from scripts.bench_cases.rivals import SB3, fill, rival_agents
+from scripts.bench_cases.timing import STEP, Bench, Contender, Needs, call_all
+from scripts.bench_cases.trainings import COMPILED, OURS, ROWS, filled, learn, ways
+
+GEMMS = "its GEMMs alone"
+ALONE, TOGETHER = "one seed", "seeds together"
+SAC_STEP, DDPG_STEP, TD3_STEP = "SAC gradient step", "DDPG gradient step", "TD3 gradient step"
+DQN64_STEP, DQN256_STEP = "DQN gradient step, 64 units", "DQN gradient step, 256x256"
+SAC_SEEDS = "SAC step of many seeds"
+DQN64_SEEDS, DQN256_SEEDS = "DQN step of many seeds, 64 units", "DQN step of many seeds, 256x256"
+
+
+class Step(NamedTuple):
+    """A gradient step at an environment's shapes."""
+
+    algo: str
+    env_id: str
+    config: Any
+    burst: int = 1
+
+
+DQN64 = Step("dqn", "CartPole-v1", DQNConfig(hidden=(64, 64), batch_size=64), 64)
+DQN256 = Step("dqn", "CartPole-v1", DQNConfig(hidden=(256, 256), batch_size=64), 64)
+SAC = Step("sac", "HalfCheetah-v5", SACConfig())
+STEPS = {
+    SAC_STEP: SAC,
+    DDPG_STEP: Step("ddpg", "HalfCheetah-v5", DDPGConfig(hidden=(256, 256))),
+    TD3_STEP: Step("td3", "HalfCheetah-v5", TD3Config(hidden=(256, 256)), 2),
+    DQN64_STEP: DQN64,
+    DQN256_STEP: DQN256,
+}
+MANY_SEEDS = {DQN64_SEEDS: DQN64, DQN256_SEEDS: DQN256, SAC_SEEDS: SAC}
+
+
+def floor_of(step: Step, training: Training) -> tuple[Contender, Needs]:
+    """The matrix products of a step, and what its roofline is made of."""
+    size, algo = training.interface, step.algo
+    shapes = (algo, math.prod(size.obs_shape), size.action_dim, step.config)
+    products = partial(call_all, gemms(*shapes, training.device))
+    count = 2 if algo == "td3" else 1
+    needs = Needs(traffic(*shapes) / count, flops(products) / count)
+    return Contender(products, count), needs
+
+
+def steps(bench: Bench) -> None:
+    """One gradient step, sampling from a full replay buffer included."""
+    for title, step in STEPS.items():
+        algo, env_id, config, burst = step
+        trainings = {
+            way: filled(algo, env_id, config, bench.device, compile=way == COMPILED)
+            for way in ways(bench.device, bench.compile)
+        }
+        floor, needs = floor_of(step, trainings[OURS])
+        bench.value(f"{title}: operations in its products", needs.flop, "FLOP")
+        contenders = {GEMMS: floor}
+        for way, training in trainings.items():
+            contenders[way] = Contender(partial(learn, training, burst), burst)
+        rival_config = dataclasses.replace(config, buffer_size=ROWS)
+        for name, model in rival_agents(algo, env_id, rival_config, bench.device).items():
+            fill(model.replay_buffer)
+            train = partial(model.train, gradient_steps=burst, batch_size=config.batch_size)
+            contenders[name] = Contender(train, burst, rival=True)
+        if algo == "sac" and bench.compile and bench.device.type == "cuda":
+            size = trainings[OURS].interface
+            sizes = math.prod(size.obs_shape), size.action_dim
+            lean = LeanSAC(*sizes, config, bench.device, ROWS, graphed)
+            contenders[LEAN] = Contender(lean, rival=True)
+        note = f"{env_id}'s shapes, units {config.hidden}, batch {config.batch_size}"
+        bench.compare(title, contenders, seconds=STEP, note=note, baseline=SB3, needs=needs)
+        for training in trainings.values():
+            training.close()
+
+
+def many_seeds(bench: Bench) -> None:
+    """Gradient steps of many seeds in one, counted a seed."""
+    compile = bench.compile and bench.device.type == "cuda"
+    counts = (1, 20, 128, 1024) if bench.device.type == "cuda" else (1, 2, 5, 10, 20, 32)
+    for title, step in MANY_SEEDS.items():
+        for count in bench.sizes(counts):
+            one, many = (
+                filled(step.algo, step.env_id, step.config, bench.device, range(n), compile)
+                for n in (1, count)
+            )
+            contenders = {
+                ALONE: Contender(partial(learn, one)),
+                TOGETHER: Contender(partial(learn, many), count),
+            }
+            note = "time of one seed's step, compiled" if compile else "time of one seed's step"
+            _, needs = floor_of(step, one)
+            bench.compare(title, contenders, size=str(count), note=note, needs=needs)
+            one.close()
+            many.close()

@@ -1,0 +1,1 @@
+"""What `scripts.docs` builds: pages, API reference, and a look at their links."""

@@ -1,0 +1,189 @@
+"""Does the jobs of the comparison, several at a time, each in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from polyak_rl.files import write_whole
+from scripts.experiment.jobs import Job, plain, read_job, write_job
+from scripts.experiment.measurement import ending
+
+TRIES = 3  # of a run that is killed
+
+
+def finished(job: Job, out: Path) -> bool:
+    """Whether every run of a job is done, with these very settings, and left what it said.
+
+    The job's file is written again if it was damaged.
+
+    Raises:
+        ValueError: It was done with other settings.
+    """
+    if not all(ending(out / "runs" / name, job) for name in job.run_names()):
+        return False
+    record = job_file(job, out)
+    try:
+        settings = plain(read_job(record))
+    except (FileNotFoundError, ValueError):
+        write_job(job, record)
+    else:
+        if settings != plain(job):
+            raise ValueError(f"{record} has other settings than asked for now; give another --out")
+    return True
+
+
+class Process(Protocol):
+    """A job under way: a `subprocess.Popen`, or a task on Ray."""
+
+    def poll(self) -> int | None:
+        """Its exit code, below 0 if it was killed; None while it is under way."""
+        ...
+
+    def terminate(self) -> None:
+        """Make it end."""
+        ...
+
+    def wait(self) -> object:
+        """Wait until it has ended."""
+        ...
+
+
+def execute(
+    jobs: list[Job],
+    out: Path,
+    workers: int,
+    begin: Callable[[Job, Path], Process] | None = None,
+) -> list[Job]:
+    """Do the jobs, several at a time; returns those that failed.
+
+    Args:
+        jobs: What to do.
+        out: As in `Options`.
+        workers: How many are begun before one has ended.
+        begin: Begins a job whose file is written; None: `start`, a process on this machine.
+    """
+    waiting, failed = list(jobs), []
+    tries = dict.fromkeys(map(id, jobs), 0)
+    running: dict[Process, tuple[Job, Any]] = {}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    total = sum(job.steps() * len(job.seeds) for job in jobs)
+    done = 0
+    with Progress(*columns) as progress, _terminates(running) as interrupted:
+        everything = progress.add_task(f"{len(jobs)} jobs, steps", total=total)
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                tries[id(job)] += 1
+                bar = progress.add_task(f"  {job.run_names()[0]}", total=job.steps(), visible=False)
+                prepare(job, out)
+                running[(begin or start)(job, out)] = (job, bar)
+            time.sleep(0.2)
+            if interrupted:
+                raise KeyboardInterrupt
+            for process, (job, bar) in list(running.items()):
+                step = reached(job, out)
+                progress.update(bar, completed=step, visible=step > 0)
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[process]
+                progress.remove_task(bar)
+                if code == 0:
+                    done += job.steps() * len(job.seeds)
+                elif code < 0 and tries[id(job)] < TRIES:
+                    waiting.insert(0, job)  # killed, not wrong: do it again
+                else:
+                    failed.append(job)
+                    note_crash(job, out)
+                    progress.print(f"failed: {job.run_names()[0]}, see its stderr.txt")
+            now = sum(reached(job, out) * len(job.seeds) for job, _ in running.values())
+            progress.update(everything, completed=done + now)
+    return failed
+
+
+def prepare(job: Job, out: Path) -> None:
+    """Write what a job's process reads."""
+    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    write_job(job, job_file(job, out))
+    errors_file(job, out).unlink(missing_ok=True)
+    progress_file(job, out).unlink(missing_ok=True)
+
+
+def start(job: Job, out: Path) -> Process:
+    """Begin a job in a process of its own."""
+    arguments = [str(job_file(job, out)), str(out / "runs")]
+    with errors_file(job, out).open("xb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "scripts.experiment", *arguments],
+            stderr=stderr,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def job_file(job: Job, out: Path) -> Path:
+    """Where a job's settings are, for its process and for the results."""
+    return out / "jobs" / f"{job.run_names()[0]}.json"
+
+
+def errors_file(job: Job, out: Path) -> Path:
+    """Where a job's process complains."""
+    return job_file(job, out).with_suffix(".stderr.txt")
+
+
+def progress_file(job: Job, out: Path) -> Path:
+    """Where a job's process says how far it is."""
+    return out / "runs" / job.run_names()[0] / "progress"
+
+
+def reached(job: Job, out: Path) -> int:
+    """The environment step that a job has reached."""
+    try:
+        return int(progress_file(job, out).read_text() or 0)
+    except (OSError, ValueError):
+        return 0  # not begun, or just being written
+
+
+def note_crash(job: Job, out: Path) -> None:
+    """Leave a mark, so that the report says that these runs crashed."""
+    with write_whole(job_file(job, out).with_suffix(".crashed")):
+        pass
+
+
+@contextmanager
+def _terminates(running: dict[Any, Any]) -> Iterator[list[int]]:
+    """End what still runs when the driver ends, by Ctrl-C, SIGTERM or an error.
+
+    Yields:
+        The signals that came. An exception raised wherever Python is at that moment could be lost,
+        in a callback of Ray's for example; a second signal takes that chance.
+    """
+    came: list[int] = []
+
+    def stop(signum: int, frame: Any) -> None:
+        came.append(signum)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()

@@ -1,0 +1,265 @@
+"""The jobs of the comparison: what one process does, and which jobs a command line asks for."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from agents.agent import check as check_config
+from agents.environments import interface, make_env
+from agents.presets import ALGORITHMS, preset
+from polyak_rl.files import write_whole
+from scripts.experiment.paths import folder_name
+from scripts.experiment.study import CELLS, FIRST_SEED
+
+SMALL = {"hidden": (32, 32), "batch_size": 32}
+TIERS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {  # algo, env, seeds, changes
+    "s": [
+        ("dqn", "CartPole-v1", 2, {"total_steps": 8_000, "agent": {"hidden": (32, 32)}}),
+        (
+            "ddpg",
+            "Pendulum-v1",
+            1,
+            {"total_steps": 3_000, "agent": {**SMALL, "learning_starts": 500}},
+        ),
+    ],
+    "m": [
+        ("dqn", "CartPole-v1", 20, {}),
+        ("dqn", "Acrobot-v1", 20, {}),
+        ("dqn", "LunarLander-v3", 10, {}),
+        ("ddpg", "InvertedPendulum-v5", 20, {}),
+        ("ddpg", "Reacher-v5", 10, {}),
+        ("sac", "InvertedDoublePendulum-v5", 10, {}),
+        ("ddpg", "Pendulum-v1", 5, {}),
+        ("sac", "Pendulum-v1", 5, {}),
+    ],
+    "l": [
+        (algo, f"{env}-v5", 20, {"total_steps": 1_000_000})
+        for algo in ("sac", "ddpg")
+        for env in (
+            "Hopper",
+            "Walker2d",
+            "HalfCheetah",
+            "InvertedDoublePendulum",
+            "Reacher",
+            "Swimmer",
+        )
+    ],
+}
+TARGET_STUDY = (32, 128, 512)  # gradient steps between two hard copies
+SMOKE = {"points": 10, "episodes": 5, "final_episodes": 10}  # tier s
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process trains: an algorithm on an environment, for one seed or several."""
+
+    algo: str
+    env_id: str
+    seeds: tuple[int, ...]
+    variant: str = ""
+    """what differs from the plain protocol, e.g. "lr=linear"; empty for the protocol itself"""
+    total_steps: int | None = None
+    """environment steps; None: the preset's"""
+    agent: Mapping[str, Any] = field(default_factory=dict)
+    """fields of the algorithm's config that differ from the preset"""
+    lr_decay: Literal["constant", "linear"] = "constant"
+    lr_decay_until: float = 1.0
+    """as in `TrainConfig`"""
+    lr_floor: float = 0.0
+    """as in `TrainConfig`"""
+    points: int = 20
+    """evaluations, evenly spread"""
+    episodes: int = 20
+    """episodes in an evaluation"""
+    final_episodes: int = 100
+    """episodes of every scheme at the last point"""
+    capacity: int = 256
+    """segments of the timeline"""
+    device: str = "cpu"
+    """where networks and replay buffer live, as torch names it"""
+
+    def run_names(self) -> list[str]:
+        """The folder of each seed's run."""
+        variant = [self.variant.replace("=", "-").replace(":", "-")] if self.variant else []
+        parts = (self.env_id, self.algo, *variant)
+        return [folder_name(*parts, str(seed)) for seed in self.seeds]
+
+    def steps(self) -> int:
+        """Environment steps per seed."""
+        return self.total_steps or preset(self.algo, self.env_id)[1]
+
+    def agent_config(self) -> Any:
+        """The preset's config with this job's changes."""
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in self.agent.items()}
+        return dataclasses.replace(preset(self.algo, self.env_id)[0], **values)
+
+
+def plain(job: Job) -> dict[str, Any]:
+    """A job as plain values of JSON."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(job)))
+    return values
+
+
+def from_plain(values: Any) -> Job:
+    """The job of `plain`, also of a version that had fewer settings.
+
+    Raises:
+        ValueError: The values are not those of a job.
+    """
+    try:
+        return Job(**{**values, "seeds": tuple(map(int, values["seeds"]))})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"these are not the settings of a job: {error}") from error
+
+
+def read_job(path: Path) -> Job:
+    """The job of a file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged.
+    """
+    try:
+        return from_plain(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def write_job(job: Job, path: Path) -> None:
+    """Write a job to a file, in a folder that is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_whole(path) as file:
+        file.write(json.dumps(plain(job), indent=2).encode() + b"\n")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare, and how."""
+
+    tier: Literal["s", "m", "l", "study"] | None = None
+    """a set of runs: s takes minutes, m hours, l a cluster; study is the registered one"""
+    algo: str | None = None
+    """instead of a tier: one algorithm, with --env-id"""
+    env_id: str | None = None
+    """Gymnasium's name of the environment"""
+    seeds: int | None = None
+    """runs of each algorithm on each environment; None: the tier's, or 20"""
+    first_seed: int = 1
+    """the seeds are this one and those after it"""
+    total_steps: int | None = None
+    """environment steps of each run; None: the preset's"""
+    lr_decay: Literal["constant", "linear"] = "constant"
+    """the rival explanation: learning rates that fall to 0 over the run"""
+    targets: bool = False
+    """the target-network study (dqn): hard copies every C against soft tau = 2 / (C + 1)"""
+    workers: int = 2
+    """processes side by side, one thread each; a cluster has as many as it has room for"""
+    together: int = 1
+    """seeds trained as members of one process"""
+    ray: str | None = None
+    """do the runs on Ray: the address of a running cluster ("auto": the one of this machine), or
+    "local" to begin one here"""
+    num_cpus: float = 1
+    """CPUs that each process takes on Ray"""
+    num_gpus: float = 0
+    """GPUs that each process takes on Ray, and trains on: 0.25 for four on one"""
+    out: Path = Path("runs/compare")
+    """where run folders and results go; runs that are finished there are not done again"""
+
+
+def plan(options: Options) -> list[Job]:
+    """The jobs of a command line, in the order in which they are done.
+
+    Raises:
+        ValueError: The options contradict each other or name something unknown.
+    """
+    if (options.tier is None) == (options.algo is None or options.env_id is None):
+        raise ValueError("give either --tier or both --algo and --env-id")
+    for name in ("seeds", "workers", "together", "total_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("num_cpus", "num_gpus"):
+        value = getattr(options, name)
+        if value < 0 or (value > 1 and value % 1):
+            raise ValueError(
+                f"{name.replace('_', '-')} must be a share of one or a whole number, got {value}"
+            )
+    if options.num_gpus and options.ray is None:
+        raise ValueError("num-gpus is for --ray: without it, runs are on the CPU")
+    if options.tier == "study":
+        return study(options)
+    if options.tier is not None:
+        grid = TIERS[options.tier]
+    else:
+        assert options.algo is not None
+        assert options.env_id is not None
+        grid = [(options.algo, options.env_id, options.seeds or 20, {})]
+    common: dict[str, Any] = {"device": "cuda" if options.num_gpus else "cpu"}
+    if options.tier == "s":
+        common |= SMOKE
+    jobs: list[Job] = []
+    for algo, env_id, seeds, changes in grid:
+        if algo not in ALGORITHMS:
+            raise ValueError(f"algo must be one of {', '.join(ALGORITHMS)}, got {algo!r}")
+        base = Job(algo, env_id, (), **{**common, **changes})
+        if options.total_steps:
+            base = dataclasses.replace(base, total_steps=options.total_steps)
+        for variant in variants(base, options):
+            last = options.first_seed + (options.seeds or seeds)
+            every = range(options.first_seed, last)
+            for i in range(0, len(every), options.together):
+                group = tuple(every[i : i + options.together])
+                jobs.append(dataclasses.replace(variant, seeds=group))
+    return jobs
+
+
+def check(jobs: Sequence[Job]) -> None:
+    """Look at what can be known before anything is trained.
+
+    Raises:
+        ValueError: An environment cannot be made, its spaces are not those of the algorithm, or a
+            setting is out of its range.
+    """
+    for algo, env_id in dict.fromkeys((job.algo, job.env_id) for job in jobs):
+        with closing(make_env(env_id)) as env:
+            interface(env.observation_space, env.action_space, algo)
+    for job in jobs:
+        check_config(job.agent_config())
+
+
+def study(options: Options) -> list[Job]:
+    """The jobs of the registered study, which nothing but the way they are run can change."""
+    fixed = ("seeds", "first_seed", "total_steps", "lr_decay", "targets", "together", "num_gpus")
+    if any(getattr(options, name) != getattr(Options(), name) for name in fixed):
+        raise ValueError(f"the registered study fixes {', '.join(fixed)}: leave them out")
+    return [
+        Job(cell.algo, cell.env_id, tuple(range(first, first + cell.together)), **cell.changes)
+        for cell in CELLS
+        for first in range(FIRST_SEED, FIRST_SEED + cell.runs, cell.together)
+    ]
+
+
+def variants(base: Job, options: Options) -> list[Job]:
+    """The plain protocol, or what is asked for in its place."""
+    change = dataclasses.replace
+    if options.lr_decay == "linear":
+        return [change(base, variant="lr=linear", lr_decay="linear")]
+    if not options.targets:
+        return [base]
+    if base.algo != "dqn":
+        raise ValueError(f"the target-network study is of dqn, got {base.algo}")
+    studies = []
+    for c in TARGET_STUDY:
+        tau = 2 / (c + 1)  # the same mean age of the target's weights: (C - 1) / 2
+        hard = {**base.agent, "target": "hard", "target_update_every": c}
+        soft = {**base.agent, "target": "soft", "tau": tau}
+        studies += [
+            change(base, variant=f"target=hard:{c}", agent=hard),
+            change(base, variant=f"target=soft:{tau:.4g}", agent=soft),
+        ]
+    return studies

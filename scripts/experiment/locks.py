@@ -1,0 +1,113 @@
+"""One writer a run folder at a time, whoever starts it and on whichever machine."""
+
+import errno
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from scripts.experiment.paths import no_link
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "lock"
+"""The file in a run's folder that its writer holds; it stays there when nobody does."""
+POLL = 1.0  # seconds between two looks at a lock that another process has
+
+
+class HeldError(ValueError):
+    """Another process writes to the folder."""
+
+
+class Hold:
+    """Run folders that this process alone writes to, until it closes them or ends, however.
+
+    Where locks cannot be had, of a file system or an operating system, that is said once, and the
+    run goes on without.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[Path, IO[str]] = {}
+        self.said = False
+
+    def take(self, folder: Path, *, wait: bool = False) -> None:
+        """Take one more folder.
+
+        Args:
+            folder: It exists.
+            wait: Until the process that has it has ended, in place of an error.
+
+        Raises:
+            HeldError: Another process has it.
+            OSError: The lock's file cannot be opened.
+        """
+        self.files[folder], problem = _hold(folder, wait)
+        if problem and not self.said:
+            where = f"{folder} cannot be locked ({problem})"
+            print(f"note: {where}: start no second process on it", file=sys.stderr)
+            self.said = True
+
+    def check(self) -> None:
+        """Raise OSError if a folder was deleted or replaced since."""
+        for folder, file in self.files.items():
+            if not _is_there(file, folder):
+                raise OSError(errno.ENOENT, "the run's folder was deleted or replaced", str(folder))
+
+    def close(self) -> None:
+        """Give the folders free."""
+        for file in self.files.values():
+            file.close()
+
+
+def _hold(folder: Path, wait: bool) -> tuple[IO[str], str]:
+    """A folder's lock, and why it could not be locked, or nothing."""
+    said = False
+    while True:
+        # For writing: NFSv4 has no exclusive lock of a file that is open for reading.
+        file = open(folder / LOCK, "a+", opener=no_link)  # noqa: SIM115
+        try:
+            problem = _lock(file)
+        except BlockingIOError:
+            file.seek(0)
+            holder = f"{folder} is being trained by another process ({file.read(80)!r})"
+            file.close()
+            if not wait:
+                raise HeldError(holder) from None
+            if not said:
+                print(f"waiting: {holder}", file=sys.stderr, flush=True)
+                said = True
+            time.sleep(POLL)
+            continue
+        if _is_there(file, folder):  # else its folder was made anew between open and lock
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            return file, problem
+        file.close()
+
+
+def _lock(file: IO[str]) -> str:
+    """Lock a file; why that cannot be done here, or nothing. BlockingIOError: another has it."""
+    if fcntl is None:
+        return "this operating system has no flock"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EACCES:  # another name of EAGAIN
+            raise BlockingIOError from error
+        return error.strerror or str(error)
+    return ""
+
+
+def _is_there(file: IO[str], folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,87 @@
+"""Collects the results of the comparison's runs, and what became of every planned one."""
+
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from polyak_rl.files import write_whole
+from scripts.experiment.jobs import Job, read_job
+from scripts.experiment.measurement import END, ending
+from scripts.experiment.run_folder import TABLE
+
+COLUMNS = ("run", "env", "algo", "seed", "variant", "scheme", "step", "episode", "return")
+
+
+def collect(out: Path) -> None:
+    """Write the results of all finished runs, and what became of every planned one.
+
+    Raises:
+        OSError: They cannot be written; those that were there still are.
+    """
+    folder = out / "results"
+    folder.mkdir(exist_ok=True)
+    records = []
+    # No name and no time in the archive: the same runs give the same bytes.
+    with (
+        write_whole(folder / "results.csv.gz") as raw,
+        gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
+        io.TextIOWrapper(packed, "utf-8", newline="") as text,
+    ):
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(COLUMNS)
+        for path in sorted((out / "jobs").glob("*.json")):
+            try:
+                job = read_job(path)
+            except ValueError as error:
+                print(f"warning: {error}: its runs are left out", file=sys.stderr)
+                continue
+            for name, seed in zip(job.run_names(), job.seeds, strict=True):
+                record = describe(job, name, seed, out)
+                records.append(record)
+                if record["status"] != "finished":
+                    continue
+                key = (name, job.env_id, job.algo, seed, job.variant)
+                with (out / "runs" / name / TABLE).open(newline="") as rows:
+                    for row in csv.DictReader(rows):
+                        shown = f"{float(row['return']):.6g}"
+                        lines.writerow((*key, row["scheme"], row["step"], row["episode"], shown))
+    commits = sorted({record["commit"] for record in records} - {""})
+    about = {"commit": ", ".join(commits)} if commits else {}
+    with write_whole(folder / "runs.json") as file:
+        file.write(json.dumps({**about, "runs": records}, indent=1).encode() + b"\n")
+
+
+def describe(job: Job, name: str, seed: int, out: Path) -> dict[str, Any]:
+    """A planned run and what became of it, for the report."""
+    run = out / "runs" / name
+    try:
+        end = ending(run, job)
+        status = "finished" if end else "damaged" if (run / END).exists() else ""
+    except ValueError:
+        end, status = None, "of other settings"
+    crashed = (out / "jobs" / f"{job.run_names()[0]}.crashed").exists()
+    status = status or ("crashed" if crashed else "not run")
+    end = end or {}
+    config = {"total_steps": job.steps(), **dataclasses.asdict(job.agent_config())}
+    return {
+        "run": name,
+        "env": job.env_id,
+        "algo": job.algo,
+        "seed": seed,
+        "variant": job.variant,
+        "status": status,
+        "seconds": end.get("seconds"),
+        "evaluating": end.get("evaluating"),
+        "commit": end.get("commit", ""),
+        "config": {
+            **config,
+            "lr_decay": job.lr_decay,
+            "lr_decay_until": job.lr_decay_until,
+            "lr_floor": job.lr_floor,
+        },
+    }

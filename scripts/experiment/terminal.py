@@ -1,0 +1,84 @@
+"""Command lines: numbers as people write them, and output that is never in the way."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+def whole_numbers(argv: Sequence[str]) -> list[str]:
+    """A command line with its whole numbers in digits.
+
+    Example:
+        >>> whole_numbers(["--total-steps", "1e5", "--batch-size=64.0", "--gamma", "0.9"])
+        ['--total-steps', '100000', '--batch-size=64', '--gamma', '0.9']
+    """
+    number = re.compile(r"(--[\w.-]+=)?(\d+\.\d*|\d+(?:\.\d*)?[eE]\+?\d{1,2})")
+    words = []
+    for word in argv:
+        found = number.fullmatch(word)
+        if found and float(found[2]).is_integer():
+            word = f"{found[1] or ''}{int(float(found[2]))}"
+        words.append(word)
+    return words
+
+
+@contextlib.contextmanager
+def unfailing_output() -> Iterator[None]:
+    """Inside, printing raises nothing, whatever became of the terminal, the pipe or the disk.
+
+    Nor does the interpreter when it ends: a stream that is dead is one to nowhere from then on.
+    """
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and _Unfailing(stream) for stream in streams)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream:
+                stream.flush()
+        sys.stdout, sys.stderr = streams
+
+
+class _Unfailing:
+    """A text stream that swallows what it cannot write."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or do not."""
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):  # ValueError: it is closed
+            self._lead_nowhere()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or do not."""
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self._lead_nowhere()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal that is still there."""
+        try:
+            return bool(self.stream.isatty())
+        except ValueError:
+            return False
+
+    def _lead_nowhere(self) -> None:
+        """Empty what waits in its buffer, so that neither a write nor the last flush fails."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+            self.stream.flush()
