@@ -139,9 +139,8 @@ class SAC:
 
         # critics: J(theta) = mean sum_i 1/2 (Q_i(s, a) - y)^2
         q = self.critic(s, a)  # [S, 2, B]
-        critic_loss = 0.5 * F.mse_loss(q, y.unsqueeze(1).expand_as(q), reduction="none").sum(
-            1
-        )  # [S, B]
+        squares = F.mse_loss(q, y.unsqueeze(1).expand_as(q), reduction="none")
+        critic_loss = 0.5 * squares.sum(1)  # [S, B]
         self.descent.step("critic", critic_loss)
 
         # actor: J(phi) = mean alpha log pi(a_pi|s) - min_i Q_i(s, a_pi)
