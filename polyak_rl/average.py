@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers
-from polyak_rl.guard import Guard, all_finite, check_guard, refuse_capture
+from polyak_rl.guard import (
+    Guard,
+    all_finite,
+    check_guard,
+    damage_is_a_value_error,
+    refuse_capture,
+)
 from polyak_rl.pairing import unwrap
 from polyak_rl.rules import Rule, Stretch, Window, describe_rule, require_int
 from polyak_rl.vector import (
@@ -18,7 +24,6 @@ from polyak_rl.vector import (
     WeightVector,
     check_clock,
     check_vectors,
-    damage_is_a_value_error,
     twin,
 )
 

@@ -1,9 +1,10 @@
-"""Keep out of targets and averages what must not be in them: NaN, Inf, and captured graphs."""
+"""Keep out what must not be in: NaN and Inf, captured graphs, damaged states."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 import torch
@@ -70,3 +71,14 @@ def refuse_capture(what: str, instead: str) -> None:
             f"{what} cannot be captured in a CUDA graph: its clock moves on the host, and a replay "
             f"would not advance it. {instead}"
         )
+
+
+@contextmanager
+def damage_is_a_value_error(what: str) -> Iterator[None]:
+    """What a state that was made up raises while it is checked comes out as ValueError."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the saved {what} is damaged: {error!r}") from error

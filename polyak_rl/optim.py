@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from polyak_rl.flat import lasting
+from polyak_rl.guard import damage_is_a_value_error, is_capturing
 
 Variant = Literal["sps_max", "sps+", "sps_smooth", "alig"]
 VARIANTS = ("sps_max", "sps+", "sps_smooth", "alig")
+_NOTED = {"stepsize", "last_positive_stepsize"}  # what a step writes into the group
 
 
 def polyak_stepsize(
@@ -365,10 +367,10 @@ class PolyakSGD(Optimizer):
             raise ValueError(f"growth must be at least 1 and finite, got {options['growth']}")
         if not options["init_stepsize"] > 0:
             raise ValueError(f"init_stepsize must be positive, got {options['init_stepsize']}")
-        for name in ("stepsize", "last_positive_stepsize"):
-            number = options.get(name, 0.0)
-            if torch.as_tensor(number).numel() != 1 or not float(number) >= 0:
-                raise ValueError(f"{name} must be one number of at least 0, got {number}")
+        for name in _NOTED & options.keys():
+            number = options[name]
+            if not isinstance(number, Tensor) or number.numel() != 1 or not float(number) >= 0:
+                raise ValueError(f"{name} must be a tensor of one number >= 0, got {number}")
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # the loss may be given in place of a closure
@@ -483,9 +485,9 @@ def _stepsize(
     group: dict[str, Any], gap: Tensor, squared_norm: Tensor, finite: Tensor | None
 ) -> tuple[Tensor, list[Callable[[], object]]]:
     """This step's size, and the calls that note it in the group: in place, for a CUDA graph."""
-    for name in ("stepsize", "last_positive_stepsize"):
+    for name in _NOTED:
         if group[name].device != gap.device or group[name].dtype != gap.dtype:
-            if gap.is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_capturing():
                 raise RuntimeError("take one PolyakSGD step before capturing a CUDA graph")
             group[name] = group[name].to(gap)  # the first step, or a model that has moved
 
@@ -514,24 +516,39 @@ def _require_fitting(
     optimizer: ASGD | PolyakSGD, saved: StateDict, per_element: str, numbers: Iterable[str] = ()
 ) -> None:
     """Raise ValueError where torch would load a state that does not fit, and fail at a step."""
-    ours, theirs = optimizer.param_groups, saved.get("param_groups", [])
-    sizes = [[len(group.get("params", ())) for group in groups] for groups in (ours, theirs)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"the state is of groups of {sizes[1]} parameters, not of {sizes[0]}")
-    for group, saved_group in zip(ours, theirs, strict=True):
-        try:
-            optimizer._check({**optimizer.defaults, **saved_group})
-        except TypeError as error:
-            raise ValueError(f"the state has an option of another type: {error}") from error
-        for parameter, i in zip(group["params"], saved_group["params"], strict=True):
-            state = saved.get("state", {}).get(i, {})
-            tensor = state.get(per_element, parameter)
-            if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"{per_element!r} of parameter {i} must have the shape "
-                    f"{tuple(parameter.shape)}, got {tuple(getattr(tensor, 'shape', ()))}"
-                )
-            for name in numbers:
-                number = torch.as_tensor(state.get(name, 0.0))
-                if number.numel() != 1 or not 0 <= float(number) < math.inf:
-                    raise ValueError(f"{name!r} of parameter {i} must be a number >= 0")
+    with damage_is_a_value_error("optimizer state"):
+        ours, theirs = optimizer.param_groups, saved["param_groups"]
+        sizes = [[len(group["params"]) for group in groups] for groups in (ours, theirs)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the state is of groups of {sizes[1]} parameters, not of {sizes[0]}")
+        for group, saved_group in zip(ours, theirs, strict=True):
+            needed = group.keys() & (optimizer.defaults.keys() | _NOTED)
+            if lacking := sorted(needed - saved_group.keys()):
+                raise ValueError(f"the state lacks the options {lacking}")
+            optimizer._check(saved_group)
+            for name in needed:
+                default, value = optimizer.defaults.get(name), saved_group[name]
+                switch = name not in _NOTED and isinstance(default, bool | None)
+                if switch and not isinstance(value, bool | type(default)):
+                    raise ValueError(f"{name} must be True or False, got {value!r}")
+            for parameter, i in zip(group["params"], saved_group["params"], strict=True):
+                if not isinstance(state := saved["state"].get(i, {}), dict):
+                    raise ValueError(f"the state of parameter {i} must be a dict, got {state!r}")
+                if not state:  # it has had no step
+                    continue
+                _require_dense(f"{per_element!r} of parameter {i}", state[per_element], parameter)
+                for name in numbers:
+                    number = state[name]
+                    one = isinstance(number, int | float) or number.numel() == 1
+                    if not one or not 0 <= float(number) < math.inf:
+                        raise ValueError(f"{name!r} of parameter {i} must be a number >= 0")
+
+
+def _require_dense(name: str, tensor: object, parameter: Tensor) -> None:
+    shape = tuple(parameter.shape)
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} must have the shape {shape}, got {tuple(getattr(tensor, 'shape', ()))}"
+        )
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise ValueError(f"{name} must be dense, got {tensor.layout} on {tensor.device}")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from polyak_rl.average import AverageBank
 from polyak_rl.buffers import Buffers
 from polyak_rl.files import write_whole
-from polyak_rl.guard import Guard
+from polyak_rl.guard import Guard, damage_is_a_value_error
 from polyak_rl.rules import Rule, Stretch, describe_rule, rule_from
 from polyak_rl.timeline import Timeline, read_state
-from polyak_rl.vector import Averages, damage_is_a_value_error
+from polyak_rl.vector import Averages
 
 _FORMAT = "polyak_rl.averages/1"
 _SEGMENTS = 256  # enough to put any tail's start within 0.2 % of the run

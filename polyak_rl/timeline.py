@@ -13,14 +13,19 @@ from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers
 from polyak_rl.files import verify_archive, write_whole
-from polyak_rl.guard import Guard, all_finite, check_guard, refuse_capture
+from polyak_rl.guard import (
+    Guard,
+    all_finite,
+    check_guard,
+    damage_is_a_value_error,
+    refuse_capture,
+)
 from polyak_rl.rules import Ema, Rule, require_int
 from polyak_rl.vector import (
     Averages,
     WeightVector,
     check_clock,
     check_vectors,
-    damage_is_a_value_error,
     twin,
 )
 

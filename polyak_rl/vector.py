@@ -291,17 +291,6 @@ def check_vectors(state: Mapping[str, Any], key: str, shape: Sequence[int]) -> T
     return value
 
 
-@contextmanager
-def damage_is_a_value_error(what: str) -> Iterator[None]:
-    """What a state that was made up raises while it is checked comes out as ValueError."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"the saved {what} is damaged: {error!r}") from error
-
-
 Keeper = TypeVar("Keeper")
 
 

@@ -924,6 +924,26 @@ SPOILT = {
     "no groups": lambda s: s.pop("param_groups"),
     "an option": lambda s: s["param_groups"][0].update(lr=-1.0),
     "an option of another type": lambda s: s["param_groups"][0].update(lr=[1]),
+    "no mapping": lambda s: (s.clear(), s.update(x=1)),
+    "an option too few": lambda s: s["param_groups"][0].pop("lr"),
+    "two numbers for one": lambda s: s["param_groups"][0].update(
+        {k: torch.ones(2) for k in ("lambd", "stepsize") if k in s["param_groups"][0]}
+    ),
+    "a number that is written into": lambda s: s["param_groups"][0].update(
+        {k: 1.0 if k == "stepsize" else "yes" for k in ("stepsize", "maximize")}
+    ),
+    "half a parameter's state": lambda s: s["state"].update({0: {"other": 1}}),
+    "groups of something else": lambda s: s.update(param_groups=[3]),
+    "a sparse tensor": lambda s: [
+        s["state"][0].update({k: torch.ones(3).to_sparse()})
+        for k in ("ax", "velocity")
+        if k in s["state"][0]
+    ],
+    "no values": lambda s: [
+        s["state"][0].update({k: torch.ones(3, device="meta")})
+        for k in ("ax", "velocity")
+        if k in s["state"][0]
+    ],
     "a shape": lambda s: [
         s["state"][0].update({k: torch.ones(2)}) for k in ("ax", "velocity") if k in s["state"][0]
     ],
@@ -943,7 +963,8 @@ def test_a_state_that_does_not_fit_an_optimizer_is_refused_whole(kind, spoil):
     with pytest.raises(ValueError):  # noqa: PT011
         other.load_state_dict(state)
     assert str(other.state_dict()) == before
-    other.load_state_dict(optimizer.state_dict())
+    for _ in range(2):  # at the first torch adds an option to the defaults
+        other.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("kind", [ASGD, PolyakSGD])
