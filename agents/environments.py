@@ -1,6 +1,7 @@
 """Environments: how they look to an agent, seeds of their episodes, and what they must return."""
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,13 +134,24 @@ def make_env(env_id: str, wrap: Sequence[str] = (), **kwargs: Any) -> gym.Env[An
         extra = atari if env_id.startswith("ALE/") else ""
         raise ValueError(f"cannot make the environment {env_id!r}: {error}{extra}") from error
     except gym.error.Error as error:
-        raise ValueError(f"cannot make the environment {env_id!r}: {error}") from error
+        hint = _class_hint(env_id)
+        raise ValueError(f"cannot make the environment {env_id!r}: {error}{hint}") from error
     except Exception as error:  # its own code raises anything
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"cannot make the environment {env_id!r}: {what}") from error
     for name in wrap:
         env = _wrapped(env, name)
     return FlattenObservation(env) if _to_flatten(env.observation_space) else env
+
+
+def _class_hint(env_id: str) -> str:
+    """What to do about a name, "module:Class", of a class that is not registered."""
+    module, _, name = env_id.rpartition(":")
+    kind = getattr(sys.modules.get(module), name, None)
+    if not isinstance(kind, type):
+        return ""
+    register = f'gymnasium.register("{name}-v0", {name})'
+    return f"; {name} is a class: write {register} into {module}.py, and ask for {module}:{name}-v0"
 
 
 def _wrapped(env: gym.Env[Any, Any], name: str) -> gym.Env[Any, Any]:

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     PLACEBO = 6
     ORACLE = 7
     POSTHOC = 8
+    RANDOM = 9
 
 
 def generators(purpose: Purpose, seeds: Sequence[int]) -> list[torch.Generator]:

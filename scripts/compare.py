@@ -2,22 +2,29 @@
 
     python -m scripts.compare --tier s                         # minutes; also `make compare`
     python -m scripts.compare --algo dqn --env-id CartPole-v1 --seeds 20
+    python -m scripts.compare --algo sac --env-id my_module:My-v0 --agent.learning-rate 1e-3
     python -m scripts.compare --tier m --workers 2             # hours; start it again to go on
     python -m scripts.compare --tier l --ray auto              # on a cluster: experiment/cluster.py
 
 Plans the runs, does what is missing, one process a run, and writes `results/results.csv.gz` (a row
 an evaluation episode) and `results/runs.json` (what became of each planned run) under `--out`.
-`python -m scripts.report OUT/results` makes the report of them. When it is stopped or killed, or
+`python -m scripts.report OUT/results` makes the report of them. `--algo sac --help`
+shows the settings of an algorithm too. When it is stopped or killed, or
 the whole machine is, start it again: finished runs stay, others go on from their last checkpoint.
 """
 
+import argparse
 import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any, cast
 
 import tyro
 
+from agents.environments import EnvironmentFault
+from agents.presets import ALGORITHMS, preset
+from scripts.experiment.baseline import EPISODES, random_score
 from scripts.experiment.driver import execute, finished
 from scripts.experiment.jobs import Job, Options, check, plan
 from scripts.experiment.results import collect
@@ -29,20 +36,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     with unfailing_output():
         prog = "python -m scripts.compare"
         words = whole_numbers(sys.argv[1:] if argv is None else argv)
-        return command(tyro.cli(Options, args=words, prog=prog, description=__doc__))
+        default = defaults(words)
+        agent: Any = type(default.agent)
+        kind: Any = tyro.conf.AvoidSubcommands[cast(Any, Options)[agent]]
+        return command(tyro.cli(kind, args=words, prog=prog, description=__doc__, default=default))
 
 
-def command(options: Options) -> int:
+def defaults(words: Sequence[str]) -> Options[Any]:
+    """What a command line leaves out; its algorithm's preset, where it names one."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--algo", default=None)
+    scan.add_argument("--env-id", "--env_id", default="")
+    known, _ = scan.parse_known_args(words)
+    agent = preset(known.algo, known.env_id)[0] if known.algo in ALGORITHMS else None
+    return Options(agent=agent)
+
+
+def command(options: Options[Any]) -> int:
     """Do what a command line asks for; returns the exit code."""
     options = dataclasses.replace(options, out=options.out.expanduser())
     try:
         jobs = plan(options)
         check(jobs)
+        scores = scale(options)
         options.out.mkdir(parents=True, exist_ok=True)
         missing = [job for job in jobs if not finished(job, options.out)]
         if options.ray is not None:
             importlib.import_module("scripts.experiment.cluster")  # not only when it is needed
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, EnvironmentFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
@@ -52,7 +73,7 @@ def command(options: Options) -> int:
             else:
                 failed = execute_on_ray(missing, options)
         finally:
-            collect(options.out)
+            collect(options.out, scores)
     except ConnectionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,7 +90,23 @@ def command(options: Options) -> int:
     return 1 if failed else 0
 
 
-def execute_on_ray(jobs: list[Job], options: Options) -> list[Job]:
+def scale(options: Options[Any]) -> dict[str, tuple[float, float]]:
+    """What 0 and 1 of normalised scores are, by environment, where that was asked for."""
+    high = options.reference_score
+    if high is None:
+        return {}
+    assert options.algo is not None
+    assert options.env_id is not None
+    low = options.random_score
+    if low is None:
+        low = random_score(options.algo, options.env_id, options.wrap)
+        print(f"Random score, measured on {EPISODES} episodes: {low:.6g}")
+        if low == high:
+            raise ValueError(f"reference-score must differ from the random score, {low}")
+    return {options.env_id: (low, high)}
+
+
+def execute_on_ray(jobs: list[Job], options: Options[Any]) -> list[Job]:
     """Do the jobs on Ray, which queues all of them; returns those that failed."""
     from scripts.experiment import cluster  # Ray is there for those who ask for it
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -218,16 +218,32 @@ def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
         run = TrainConfig(env_id or DEFAULT_ENV[algo], total_steps, device="auto")
         return Options(run=run, agent=agent)
 
+    first = next(iter(argv), "--help")
+    if not first.startswith("-") and first not in ALGORITHMS:
+        raise ValueError(
+            f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {first!r}: "
+            "python -m scripts.train --help"
+        )
+    if any(word.partition("=")[0] == "--lr" for word in argv):
+        raise ValueError("there is no --lr: the learning rate is --learning-rate")
     choice = (
         Annotated[Options[DQNConfig], subcommand("dqn", default=default("dqn"))]
         | Annotated[Options[DDPGConfig], subcommand("ddpg", default=default("ddpg"))]
         | Annotated[Options[SACConfig], subcommand("sac", default=default("sac"))]
         | Annotated[Options[TD3Config], subcommand("td3", default=default("td3"))]
     )
+    kind: Any = choice
+    begin: Any = tyro.MISSING_NONPROP
+    prog, words = "python -m scripts.train", argv
+    if first in ALGORITHMS:  # by itself: what is said of a wrong option is of this one only
+        begin = default(first)
+        kind = cast(Any, Options)[type(begin.agent)]
+        prog, words = f"{prog} {first}", argv[1:]
     options: Options[Any] = tyro.cli(
-        OmitArgPrefixes[choice],  # type: ignore[misc]
-        args=argv,
-        prog="python -m scripts.train",
+        OmitArgPrefixes[kind],
+        args=words,
+        default=begin,
+        prog=prog,
         description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment. "
         "A run that was stopped or killed goes on with: python -m scripts.train --resume RUN "
         "(--trust, if its environment is of a module of yours).",
@@ -251,6 +267,8 @@ def resolve_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if "Expected one of" in str(error):  # all that torch was ever built for
+            raise ValueError(f"device must be cpu, cuda or auto, got {name!r}") from error
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
     return name

@@ -1,17 +1,22 @@
 import csv
 import gzip
 import json
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from math import nan
+from pathlib import Path
 
 import pytest
 import torch
 
 from scripts import compare, report
 from scripts.experiment import driver, results
-from scripts.experiment.jobs import Job, Options, plan
+from scripts.experiment.baseline import random_score
+from scripts.experiment.jobs import Job, Options, from_plain, plain, plan
 from scripts.experiment.measurement import run
 from scripts.experiment.schemes import SCHEMES
 from scripts.experiment.study import CELLS
@@ -72,6 +77,14 @@ def test_the_target_study_matches_the_mean_ages():
         (Options(algo="ppo", env_id="CartPole-v1"), "algo must be one of"),
         (Options(tier="s", workers=0), "workers must be at least 1, got 0"),
         (Options(algo="sac", env_id="Pendulum-v1", targets=True), "target-network study is of dqn"),
+        (Options(tier="m", reference_score=1.0), "are for --algo and --env-id, not for --tier"),
+        (Options(tier="study", wrap=("a:B",)), "are for --algo and --env-id, not for --tier"),
+        (Options(algo="sac", env_id="Pendulum-v1", random_score=1), "needs reference-score beside"),
+        (
+            Options(algo="sac", env_id="Pendulum-v1", random_score=1, reference_score=1),
+            "must differ, got 1 twice",
+        ),
+        (Options(algo="sac", env_id="Pendulum-v1", reference_score=nan), "must be finite"),
     ],
 )
 def test_contradictory_options_are_refused(options, message):
@@ -191,6 +204,7 @@ def test_finished_runs_are_not_done_again_and_other_settings_are_refused(tmp_pat
     [
         ("--algo dqn --env-id CartPol-v1", "cannot make the environment 'CartPol-v1'"),
         ("--algo sac --env-id CartPole-v1", "sac needs actions in a one-dimensional Box"),
+        ("--algo sac --env-id Pendulum-v1 --total-steps 60", "learning starts after 100 steps"),
         ("--algo dqn --env-id CartPole-v1 --seeds 0", "seeds must be at least 1, got 0"),
     ],
 )
@@ -213,8 +227,8 @@ def test_output_that_cannot_be_shown_ends_no_comparison(tmp_path, monkeypatch):
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, Dead(OSError(5, "gone")))
     command = ["--algo", "dqn", "--env-id", "CartPole-v1", "--seeds", "2.0"]
-    assert compare.main([*command, "--total-steps", "1e3", "--out", str(tmp_path)]) == 0
-    assert [job.total_steps for job in begun] == [1000, 1000]
+    assert compare.main([*command, "--total-steps", "2e3", "--out", str(tmp_path)]) == 0
+    assert [job.total_steps for job in begun] == [2000, 2000]
     assert (tmp_path / "results" / "runs.json").exists()
 
 
@@ -254,3 +268,80 @@ def test_the_smallest_tier_runs_to_its_report(tmp_path):
     assert "DQN CartPole-v1 (2 runs): **too few runs**" in text
     assert "DDPG Pendulum-v1 (1 run): **too few runs**" in text
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+
+
+MY_MODULE = """
+import gymnasium as gym, numpy as np
+
+class Mine(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Box(-2, 4, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(2, np.float32), float(action[0]), False, self.t == 10, {}
+
+class Half(gym.RewardWrapper):
+    def reward(self, reward):
+        return reward / 2
+
+gym.register("My-v0", Mine)
+"""
+
+
+@pytest.fixture
+def my_module(tmp_path):
+    """An environment of a user's own, in the folder that the command is given from."""
+    (tmp_path / "my_module.py").write_text(MY_MODULE)
+    return tmp_path
+
+
+def compared(folder, command):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    words = [sys.executable, "-m", "scripts.compare", *command.split(), "--out", "out"]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_an_environment_of_ones_own_is_compared_from_any_folder_with_settings_and_scores(my_module):
+    command = (
+        "--env-id my_module:My-v0 --algo sac --wrap my_module:Half --total-steps 200 --seeds 1"
+    )
+    command += " --agent.learning-rate 1e-3 --agent.hidden 8 --agent.batch-size 8"
+    done = compared(my_module, command + " --random-score -1200 --reference-score -150")
+    assert done.returncode == 0, done.stderr
+    about = json.loads((my_module / "out" / "results" / "runs.json").read_text())
+    assert about["scores"] == {"my_module:My-v0": [-1200, -150]}
+    (job,) = (json.loads(path.read_text()) for path in (my_module / "out/jobs").glob("*.json"))
+    assert job["agent"] == {"learning_rate": 1e-3, "batch_size": 8, "hidden": [8]}
+    assert job["wrap"] == ["my_module:Half"]
+    results.collect(my_module / "out")  # without scores, which stay
+    about = json.loads((my_module / "out" / "results" / "runs.json").read_text())
+    assert about["scores"] == {"my_module:My-v0": [-1200, -150]}
+
+
+def test_a_class_that_is_not_registered_gets_a_hint(my_module):
+    done = compared(my_module, "--env-id my_module:Mine --algo sac")
+    assert done.returncode == 2
+    assert 'write gymnasium.register("Mine-v0", Mine) into my_module.py' in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_random_score_is_that_of_uniform_actions_and_always_the_same(my_module, monkeypatch):
+    monkeypatch.syspath_prepend(str(my_module))
+    whole = random_score("sac", "my_module:My-v0")
+    assert whole == random_score("sac", "my_module:My-v0")
+    assert whole == pytest.approx(10 * 1, abs=4 * (6 / 12**0.5) * (10 / 100) ** 0.5)  # 4 sigma
+    half = random_score("sac", "my_module:My-v0", ("my_module:Half",))
+    assert half == pytest.approx(whole / 2)
+
+
+def test_jobs_of_before_there_were_wrappers_can_be_read():
+    job = Job("sac", "Pendulum-v1", (1, 2))
+    older = {key: value for key, value in plain(job).items() if key != "wrap"}
+    assert from_plain(older) == job
+    wrapped = Job("sac", "Pendulum-v1", (1,), wrap=("a:B",))
+    assert from_plain(plain(wrapped)) == wrapped

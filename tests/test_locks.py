@@ -48,7 +48,7 @@ def holder(tmp_path):
 def test_a_folder_has_one_writer_who_is_named_and_is_free_when_that_one_is_killed(
     holder, tmp_path, capsys, monkeypatch
 ):
-    message = rf"is being trained by another process \('{holder.pid} on .*'\)"
+    message = rf"is in use by another process \('{holder.pid} on .*'\)"
     with closing(Hold()) as hold, pytest.raises(HeldError, match=message):
         hold.take(tmp_path)
     monkeypatch.setattr(locks, "POLL", 0.01)

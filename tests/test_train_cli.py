@@ -201,7 +201,10 @@ def test_the_preset_of_the_environment_gives_the_defaults_and_options_override_t
         ("dqn --env-id Nope-v1", "cannot make the environment 'Nope-v1'"),
         ("dqn --env-id Pendulum-v1", "dqn needs Discrete actions, got Box"),
         ("sac --env-id CartPole-v1", "sac needs actions in a one-dimensional Box, got Discrete(2)"),
-        ("dqn --device banana", "device 'banana' cannot be used here"),
+        ("dqn --device gpu", "device must be cpu, cuda or auto, got 'gpu'"),
+        ("dqn --lr 1e-3", "there is no --lr: the learning rate is --learning-rate"),
+        ("dqn --lr=1e-3", "there is no --lr: the learning rate is --learning-rate"),
+        ("ppo", "the algorithm must be one of dqn, ddpg, sac, td3, got 'ppo'"),
         ("dqn --device cuda:99", "device 'cuda:99' cannot be used here"),
         ("dqn --gamma 2", "gamma must be in [0.0, 1.0], got 2.0"),
         ("dqn --learning-rate nan", "learning_rate must be in"),
@@ -223,12 +226,15 @@ def test_bad_input_gets_one_sentence_and_exit_code_2_and_leaves_no_run(
     assert not runs.exists()
 
 
-@pytest.mark.parametrize("command", ["dqn --total-steps many", "ppo", "dqn --no-such-option 1"])
+@pytest.mark.parametrize("command", ["dqn --total-steps many", "dqn --no-such-option 1"])
 def test_options_that_do_not_parse_exit_with_code_2(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         train.main(command.split())
     assert exit_.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "python -m scripts.train dqn --help" in error
+    assert "python dqn" not in error
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):

@@ -5,8 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
+
+import tyro
 
 from agents.agent import check as check_config
 from agents.environments import interface, make_env
@@ -14,6 +17,8 @@ from agents.presets import ALGORITHMS, preset
 from polyak_rl.files import write_whole
 from scripts.experiment.paths import folder_name
 from scripts.experiment.study import CELLS, FIRST_SEED
+
+AgentConfig = TypeVar("AgentConfig")
 
 SMALL = {"hidden": (32, 32), "batch_size": 32}
 TIERS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {  # algo, env, seeds, changes
@@ -81,6 +86,8 @@ class Job:
     """segments of the timeline"""
     device: str = "cpu"
     """where networks and replay buffer live, as torch names it"""
+    wrap: tuple[str, ...] = ()
+    """wrappers around the environment, as in `TrainConfig`"""
 
     def run_names(self) -> list[str]:
         """The folder of each seed's run."""
@@ -111,7 +118,8 @@ def from_plain(values: Any) -> Job:
         ValueError: The values are not those of a job.
     """
     try:
-        return Job(**{**values, "seeds": tuple(map(int, values["seeds"]))})
+        seeds, wrap = tuple(map(int, values["seeds"])), tuple(values.get("wrap", ()))
+        return Job(**{**values, "seeds": seeds, "wrap": wrap})
     except (TypeError, KeyError) as error:
         raise ValueError(f"these are not the settings of a job: {error}") from error
 
@@ -137,7 +145,7 @@ def write_job(job: Job, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Generic[AgentConfig]):
     """What to compare, and how."""
 
     tier: Literal["s", "m", "l", "study"] | None = None
@@ -145,7 +153,15 @@ class Options:
     algo: str | None = None
     """instead of a tier: one algorithm, with --env-id"""
     env_id: str | None = None
-    """Gymnasium's name of the environment"""
+    """Gymnasium's name of the environment; my_module:My-v0 imports my_module first"""
+    agent: AgentConfig | None = None
+    """with --algo, its settings in place of the preset's, such as --agent.learning-rate 1e-3"""
+    wrap: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """a wrapper around the environment, package.module:Wrapper; repeat it, the innermost first"""
+    random_score: float | None = None
+    """return of a uniformly random policy, the report's 0; None: measured, where 1 is given"""
+    reference_score: float | None = None
+    """return of a good policy, the report's 1; None: the report has raw returns"""
     seeds: int | None = None
     """runs of each algorithm on each environment; None: the tier's, or 20"""
     first_seed: int = 1
@@ -171,7 +187,7 @@ class Options:
     """where run folders and results go; runs that are finished there are not done again"""
 
 
-def plan(options: Options) -> list[Job]:
+def plan(options: Options[Any]) -> list[Job]:
     """The jobs of a command line, in the order in which they are done.
 
     Raises:
@@ -191,6 +207,7 @@ def plan(options: Options) -> list[Job]:
             )
     if options.num_gpus and options.ray is None:
         raise ValueError("num-gpus is for --ray: without it, runs are on the CPU")
+    check_scores(options)
     if options.tier == "study":
         return study(options)
     if options.tier is not None:
@@ -198,7 +215,8 @@ def plan(options: Options) -> list[Job]:
     else:
         assert options.algo is not None
         assert options.env_id is not None
-        grid = [(options.algo, options.env_id, options.seeds or 20, {})]
+        changes = {"agent": changed(options), "wrap": options.wrap}
+        grid = [(options.algo, options.env_id, options.seeds or 20, changes)]
     common: dict[str, Any] = {"device": "cuda" if options.num_gpus else "cpu"}
     if options.tier == "s":
         common |= SMOKE
@@ -218,6 +236,28 @@ def plan(options: Options) -> list[Job]:
     return jobs
 
 
+def changed(options: Options[Any]) -> dict[str, Any]:
+    """The settings of the algorithm that are not those of its preset."""
+    if options.agent is None:
+        return {}
+    asked, base = options.agent, preset(options.algo or "", options.env_id or "")[0]
+    names = [each.name for each in dataclasses.fields(asked)]
+    return {k: getattr(asked, k) for k in names if getattr(asked, k) != getattr(base, k)}
+
+
+def check_scores(options: Options[Any]) -> None:
+    """Raise ValueError unless the scores, and what belongs to one environment, make sense."""
+    low, high = options.random_score, options.reference_score
+    if options.tier and (options.agent is not None or options.wrap or (low, high) != (None, None)):
+        raise ValueError("agent, wrap and scores are for --algo and --env-id, not for --tier")
+    if low is not None and high is None:
+        raise ValueError("random-score needs reference-score beside it: the report's 0 and 1")
+    if any(score is not None and not isfinite(score) for score in (low, high)):
+        raise ValueError(f"random and reference score must be finite, got {low} and {high}")
+    if low is not None and low == high:
+        raise ValueError(f"random and reference score must differ, got {low} twice")
+
+
 def check(jobs: Sequence[Job]) -> None:
     """Look at what can be known before anything is trained.
 
@@ -225,17 +265,23 @@ def check(jobs: Sequence[Job]) -> None:
         ValueError: An environment cannot be made, its spaces are not those of the algorithm, or a
             setting is out of its range.
     """
-    for algo, env_id in dict.fromkeys((job.algo, job.env_id) for job in jobs):
-        with closing(make_env(env_id)) as env:
+    for algo, env_id, wrap in dict.fromkeys((job.algo, job.env_id, job.wrap) for job in jobs):
+        with closing(make_env(env_id, wrap)) as env:
             interface(env.observation_space, env.action_space, algo)
     for job in jobs:
-        check_config(job.agent_config())
+        config = job.agent_config()
+        check_config(config)
+        if config.learning_starts >= job.steps():
+            raise ValueError(
+                f"learning starts after {config.learning_starts} steps, and {job.algo} on "
+                f"{job.env_id} ends at {job.steps()}: give more --total-steps"
+            )
 
 
-def study(options: Options) -> list[Job]:
+def study(options: Options[Any]) -> list[Job]:
     """The jobs of the registered study, which nothing but the way they are run can change."""
     fixed = ("seeds", "first_seed", "total_steps", "lr_decay", "targets", "together", "num_gpus")
-    if any(getattr(options, name) != getattr(Options(), name) for name in fixed):
+    if any(getattr(options, name) != getattr(Options[Any](), name) for name in fixed):
         raise ValueError(f"the registered study fixes {', '.join(fixed)}: leave them out")
     return [
         Job(cell.algo, cell.env_id, tuple(range(first, first + cell.together)), **cell.changes)
@@ -244,7 +290,7 @@ def study(options: Options) -> list[Job]:
     ]
 
 
-def variants(base: Job, options: Options) -> list[Job]:
+def variants(base: Job, options: Options[Any]) -> list[Job]:
     """The plain protocol, or what is asked for in its place."""
     change = dataclasses.replace
     if options.lr_decay == "linear":

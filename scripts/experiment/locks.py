@@ -74,7 +74,7 @@ def _hold(folder: Path, wait: bool) -> tuple[IO[str], str]:
             problem = _lock(file)
         except BlockingIOError:
             file.seek(0)
-            holder = f"{folder} is being trained by another process ({file.read(80)!r})"
+            holder = f"{folder} is in use by another process ({file.read(80)!r})"
             file.close()
             if not wait:
                 raise HeldError(holder) from None

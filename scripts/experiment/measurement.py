@@ -166,6 +166,7 @@ class Measurement:
             lr_decay_until=job.lr_decay_until,
             lr_floor=job.lr_floor,
             device=job.device,
+            wrap=job.wrap,
         )
         self.job = job
         self.training = training = Training(job.algo, job.agent_config(), config, job.seeds)

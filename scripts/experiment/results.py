@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from scripts.experiment.run_folder import TABLE
 COLUMNS = ("run", "env", "algo", "seed", "variant", "scheme", "step", "episode", "return")
 
 
-def collect(out: Path) -> None:
+def collect(out: Path, scores: Mapping[str, Sequence[float]] | None = None) -> None:
     """Write the results of all finished runs, and what became of every planned one.
+
+    Args:
+        out: As in `Options`.
+        scores: What 0 and 1 of normalised scores are, [random, reference] by environment; those
+            that an earlier call was given stay beside them.
 
     Raises:
         OSError: They cannot be written; those that were there still are.
@@ -51,9 +57,19 @@ def collect(out: Path) -> None:
                         shown = f"{float(row['return']):.6g}"
                         lines.writerow((*key, row["scheme"], row["step"], row["episode"], shown))
     commits = sorted({record["commit"] for record in records} - {""})
-    about = {"commit": ", ".join(commits)} if commits else {}
+    about: dict[str, Any] = {"commit": ", ".join(commits)} if commits else {}
+    if scores := {**earlier_scores(folder), **(scores or {})}:
+        about["scores"] = scores
     with write_whole(folder / "runs.json") as file:
         file.write(json.dumps({**about, "runs": records}, indent=1).encode() + b"\n")
+
+
+def earlier_scores(folder: Path) -> dict[str, Any]:
+    """The scores in the runs.json that is there, if it has any."""
+    try:
+        return dict(json.loads((folder / "runs.json").read_bytes())["scores"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
 
 
 def describe(job: Job, name: str, seed: int, out: Path) -> dict[str, Any]:
