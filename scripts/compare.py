@@ -38,8 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = whole_numbers(sys.argv[1:] if argv is None else argv)
         default = defaults(words)
         agent: Any = type(default.agent)
-        kind: Any = tyro.conf.AvoidSubcommands[cast(Any, Options)[agent]]
-        return command(tyro.cli(kind, args=words, prog=prog, description=__doc__, default=default))
+        kind: Any = cast(Any, Options)[agent]
+        return command(
+            tyro.cli(
+                kind,
+                config=(tyro.conf.AvoidSubcommands,),
+                args=words,
+                prog=prog,
+                description=__doc__,
+                default=default,
+            )
+        )
 
 
 def defaults(words: Sequence[str]) -> Options[Any]:

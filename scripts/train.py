@@ -240,7 +240,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
         kind = cast(Any, Options)[type(begin.agent)]
         prog, words = f"{prog} {first}", argv[1:]
     options: Options[Any] = tyro.cli(
-        OmitArgPrefixes[kind],
+        OmitArgPrefixes[kind],  # type: ignore[misc]
         args=words,
         default=begin,
         prog=prog,
