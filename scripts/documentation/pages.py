@@ -34,6 +34,7 @@ PAGES = {  # in the order in which they are read
     "docs/optimizers.md": "Optimizers",
     "docs/results.md": "Results",
     "scripts/results/exploratory/report.md": "Report",
+    "scripts/results/exploratory/choice.md": "Choosing, replayed",
     "scripts/results/registration.md": "Registration",
 }
 FORMATTER = HtmlFormatter(nowrap=True)
