@@ -13,7 +13,8 @@ van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461.
 | y_j | `y` in `learn` |
 
 Deviations, all shared with Stable-Baselines3, whose defaults these are:
-- the Huber loss stands for the clipping of the error term: the same gradient, and a loss to show;
+- the Huber loss stands for the clipping of the error term: the same gradient, and a loss to show
+  (its minimum is no mean: where rewards vary by more than 1, values are those of a trimmed one);
 - rewards are not clipped, the gradient's norm is: the tasks have no common reward scale;
 - Adam stands for RMSProp, which needs a rate of its own for each task;
 - actions are random until `learning_starts`, whatever epsilon says.
