@@ -367,7 +367,7 @@ def test_a_run_that_still_goes_on_is_not_resumed_beside_itself(tmp_path, monkeyp
         patch.setattr(Training, "advance", resume_meanwhile)
         assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 0
     assert refused == [2]
-    assert "is being trained by another process" in capsys.readouterr().err
+    assert "is in use by another process" in capsys.readouterr().err
 
 
 def test_seeds_together_are_resumed_together(tmp_path, monkeypatch):
