@@ -2,8 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,14 +190,18 @@ class EnvironmentFault(RuntimeError):
     """An environment raised, or returned what its spaces do not allow."""
 
 
+class Malformed(TypeError):
+    """What an environment returned is not of Gymnasium's form, or not of its spaces."""
+
+
 def observed(values: Any, shape: tuple[int, ...] | None, dtype: Any) -> NDArray[Any]:
     """A reset's observation, as an array of the caller's own.
 
     Raises:
-        TypeError: The values are not what Gymnasium's `reset` returns.
+        Malformed: The values are not what Gymnasium's `reset` returns.
     """
     if not isinstance(values, tuple) or len(values) != 2:
-        raise TypeError(f"returned {_brief(values)} from reset, not (observation, info)")
+        raise Malformed(f"returned {_brief(values)} from reset, not (observation, info)")
     _check_info(values[1])
     return _observation(values[0], shape, dtype)
 
@@ -209,10 +212,10 @@ def stepped(
     """What a step returned, checked; the observation is an array of the caller's own.
 
     Raises:
-        TypeError: The values are not what Gymnasium's `step` returns.
+        Malformed: The values are not what Gymnasium's `step` returns.
     """
     if not isinstance(values, tuple) or len(values) != 5:
-        raise TypeError(
+        raise Malformed(
             f"returned {_brief(values)} from step, not (observation, reward, terminated, "
             "truncated, info)"
         )
@@ -220,10 +223,10 @@ def stepped(
     if not isinstance(reward, float | int | np.floating | np.integer):
         kind = np.asarray(reward)
         if kind.shape or kind.dtype.kind not in "fiub":
-            raise TypeError(f"returned a reward that is not one real number, but {_brief(reward)}")
+            raise Malformed(f"returned a reward that is not one real number, but {_brief(reward)}")
     for name, end in (("terminated", terminated), ("truncated", truncated)):
         if not isinstance(end, bool | np.bool_):
-            raise TypeError(f"returned {name} that is not a bool, but {_brief(end)}")
+            raise Malformed(f"returned {name} that is not a bool, but {_brief(end)}")
     _check_info(info)
     return _observation(obs, shape, dtype), float(reward), bool(terminated), bool(truncated), info
 
@@ -231,20 +234,20 @@ def stepped(
 def _observation(obs: Any, shape: tuple[int, ...] | None, dtype: Any) -> NDArray[Any]:
     array = np.array(obs)  # a copy: an environment may write to its array at the next step
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"returned an observation that is not of real numbers, but {_brief(obs)}")
+        raise Malformed(f"returned an observation that is not of real numbers, but {_brief(obs)}")
     if array.shape != shape:
-        raise TypeError(f"returned an observation of shape {array.shape}, not {shape}")
+        raise Malformed(f"returned an observation of shape {array.shape}, not {shape}")
     if array.dtype == dtype:
         return array
     if not np.can_cast(array.dtype, dtype, "same_kind"):
-        raise TypeError(f"returned an observation of {array.dtype}, not {np.dtype(dtype)}")
+        raise Malformed(f"returned an observation of {array.dtype}, not {np.dtype(dtype)}")
     with np.errstate(over="ignore"):  # what is infinite now is looked for later
         return array.astype(dtype)
 
 
 def _check_info(info: Any) -> None:
     if not isinstance(info, dict):
-        raise TypeError(f"returned info that is not a dict, but {_brief(info)}")
+        raise Malformed(f"returned info that is not a dict, but {_brief(info)}")
 
 
 def _brief(value: Any) -> str:
@@ -284,25 +287,28 @@ class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
         self.episode += 1
         self.before = self.where()
         self.reset_seed, self.steps = seed, 0
-        with faults("reset", self.where):
+        space = self.observation_space
+        try:
             values = self.env.reset(seed=seed, options=options)
-        with faults(None, self.where):
-            space = self.observation_space
             return observed(values, space.shape, space.dtype), {}
+        except Exception as error:
+            raise fault(error, "reset", self.where()) from error
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step the environment; what goes wrong is named."""
         self.steps += 1
-        with faults("step", self.where):
-            values = self.env.step(action)
-        with faults(None, self.where):
-            space = self.observation_space
-            return *stepped(values, space.shape, space.dtype)[:4], {}
+        space = self.observation_space
+        try:
+            return *stepped(self.env.step(action), space.shape, space.dtype)[:4], {}
+        except Exception as error:
+            raise fault(error, "step", self.where()) from error
 
     def close(self) -> None:
         """Close the environment; what goes wrong is named."""
-        with faults("close", self.where):
+        try:
             super().close()
+        except Exception as error:
+            raise fault(error, "close", self.where()) from error
 
     def where(self) -> str:
         """What plays the episode again up to now."""
@@ -312,16 +318,11 @@ class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
         )
 
 
-@contextmanager
-def faults(call: str | None, where: Callable[[], str]) -> Iterator[None]:
-    """Names what goes wrong in an environment's own code (`call`), or with what it returned."""
-    try:
-        yield
-    except EnvironmentFault:
-        raise
-    except Exception as error:
-        what = f"raised {type(error).__name__} in {call}: {error}" if call else str(error)
-        raise EnvironmentFault(f"the environment {what} ({where()})") from error
+def fault(error: Exception, call: str, where: str) -> EnvironmentFault:
+    """Names what went wrong in a call of an environment, or with what it returned."""
+    own = isinstance(error, Malformed)
+    what = str(error) if own else f"raised {type(error).__name__} in {call}: {error}"
+    return EnvironmentFault(f"the environment {what} ({where})")
 
 
 class SameStep(SyncVectorEnv):

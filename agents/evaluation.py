@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from agents.environments import Interface, faults, make_env, observed, stepped
+from agents.environments import Interface, fault, make_env, observed, stepped
 
 MAX_STEPS = 100_000
 """Steps after which an evaluation episode is cut, where nothing else is said."""
@@ -68,10 +68,10 @@ def play(
 
     lengths = np.zeros(slots, dtype=np.int64)
     for slot, seed in enumerate(seeds):
-        with faults("reset", where):
-            values: Any = envs[slot].reset(seed=seed)
-        with faults(None, where):
-            obs[slot] = observed(values, shape, obs.dtype)
+        try:
+            obs[slot] = observed(envs[slot].reset(seed=seed), shape, obs.dtype)
+        except Exception as error:
+            raise fault(error, "reset", where()) from error
     returns = np.zeros(slots)
     playing = np.ones(slots, dtype=bool)
     step = 0
@@ -90,10 +90,11 @@ def play(
         action = policy.act(batch).flatten(0, 1).cpu().numpy()  # type: ignore[operator]
         action = interface.to_env(action)
         for slot in np.flatnonzero(playing).tolist():
-            with faults("step", where):
+            try:
                 values = envs[slot].step(action[slot])
-            with faults(None, where):
                 obs[slot], reward, terminated, truncated, _ = stepped(values, shape, obs.dtype)
+            except Exception as error:
+                raise fault(error, "step", where()) from error
             returns[slot] += reward
             lengths[slot] += 1
             playing[slot] = not (terminated or truncated)
@@ -141,5 +142,7 @@ class Evaluator:
     def close(self) -> None:
         """Close the environments."""
         while self.envs:
-            with faults("close", lambda: "after evaluations"):
+            try:
                 self.envs.pop().close()
+            except Exception as error:
+                raise fault(error, "close", "after evaluations") from error
