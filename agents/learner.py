@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agents.agent import Agent
-from agents.program import Build, Program
+from agents.program import Build, Program, inductor
 from agents.replay import Batch, Replay
 from agents.seeding import Law, Streams, ahead, words_of
 
@@ -36,7 +36,7 @@ class Learner:
         sampling: Streams,
         *,
         compiled: bool = False,
-        build: Build | None = None,
+        build: Build | None = inductor,
     ) -> None:
         self.agent, self.replay, self.sampling = agent, replay, sampling
         self.program: Program | None = None
@@ -45,7 +45,7 @@ class Learner:
             return
         device, seeds = replay.rows.device, len(replay.rows)
         self.program = Program(self._step, device, build)
-        self._making = Program(self._make, device)
+        self._making = Program(self._make, device, None)  # the bits of single draws
         picks: tuple[Streams, Law, tuple[int]] = (sampling, "integer", (agent.config.batch_size,))
         self._draws: list[tuple[Streams, Law, tuple[int, ...]]] = [picks, *agent.draws]
         self._ahead = min(ahead(seeds, shape) for _, _, shape in self._draws)

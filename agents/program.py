@@ -4,8 +4,10 @@ import gc
 import math
 import sysconfig
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,35 @@ Run = Callable[[], Sequence[Tensor]]
 Build = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]
 
 
+def inductor(
+    graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
+) -> Callable[..., Sequence[Tensor]]:
+    """A graph compiled by torch, its operations fused."""
+    from torch._inductor import compile as compiled
+
+    on_cpu = inputs[0].device.type == "cpu"
+    # On CPU a Python wrapper would cost more than the step of a small network; a CUDA graph has
+    # none, and there small kernels that do not depend on each other become one.
+    options = {"cpp_wrapper": True} if on_cpu else {"combo_kernels": True}
+    written_out = _WRITTEN_OUT if on_cpu else _WRITTEN_OUT | _WRITTEN_OUT_ON_CUDA
+    graph = make_fx(graph, decomposition_table=written_out, tracing_mode="fake")(*inputs)
+    run: Callable[..., Sequence[Tensor]] = compiled(graph, [*inputs], options=options)
+    return run
+
+
+def build_for(device: torch.device) -> Build | None:
+    """What makes programs fast on a device: Inductor, unless there is a GPU and no Triton."""
+    return None if device.type == "cuda" and not find_spec("triton") else inductor
+
+
 class Program:
     """A function whose Python runs once; what it did to tensors is then repeated.
 
-    On CPU the operations are compiled by Inductor, which needs a C++ compiler and takes some ten
-    seconds: the results are the function's to rounding. On CUDA they are captured in a CUDA graph:
-    the same kernels, launched at once, whose results hold until the next call.
+    The operations are compiled by Inductor, which fuses them, and takes some ten seconds: results
+    are the function's to rounding. That needs a C++ compiler on CPU and Triton on CUDA. There the
+    kernels are then captured in a CUDA graph and launched at once; results hold until the next
+    call. With `build=None` a CUDA graph captures the very kernels that the function launches: its
+    results to the bit.
 
     What the function reads and writes (weights, moments, targets, rows, counters) is found by a
     rehearsal, after which it has its old values again. `renew` has the program made anew where
@@ -43,7 +68,7 @@ class Program:
         step: Takes plain values, for each of which it is recorded separately; returns names and
             tensors.
         device: Where its tensors are.
-        build: Makes the recorded graph callable on CPU; Inductor unless given.
+        build: Makes the recorded graph callable; None, on CUDA only: nothing does.
 
     Attributes:
         recorded: What stands for the function, by the values that it takes.
@@ -54,19 +79,21 @@ class Program:
     """
 
     def __init__(
-        self, step: Step, device: torch.device | str = "cpu", build: Build | None = None
+        self, step: Step, device: torch.device | str = "cpu", build: Build | None = inductor
     ) -> None:
         self._step = step
         self._device = torch.device(device)
-        self._build = build or _inductor
+        self._build = build
         self.recorded: dict[tuple[Any, ...], _Recorded] = {}
 
     def __call__(self, *values: Any) -> dict[str, Tensor]:
         """What the function returns for these values."""
         recorded = self.recorded.get(values)
         if recorded is None:
-            record = self._trace if self._device.type == "cpu" else self._capture
-            recorded = self.recorded[values] = record(values)
+            with torch.enable_grad():  # what differentiates a loss is part of it
+                on_cpu = self._device.type == "cpu"
+                recorded = self._compile(values)[0] if on_cpu else self._capture(values)
+            self.recorded[values] = recorded
         return dict(zip(recorded.names, recorded.run(), strict=True))
 
     def renew(self) -> None:
@@ -77,11 +104,13 @@ class Program:
         """
         self.recorded = {key: one for key, one in self.recorded.items() if one.current()}
 
-    @torch.enable_grad()  # what differentiates a loss is part of it
-    def _trace(self, values: Sequence[Any]) -> "_Recorded":
-        """Record the operations as a graph of all memory that is touched."""
+    def _compile(self, values: Sequence[Any]) -> tuple["_Recorded", "_Rehearsal"]:
+        """Record the operations as a graph of all memory that is touched, and have it built."""
         rehearsal = _rehearse(self._step, values)
-        memory, places = [*rehearsal.memory.values()], rehearsal.places()
+        places = rehearsal.places()
+        if self._build is None:
+            return _Recorded([], list, places), rehearsal
+        memory = [*rehearsal.memory.values()]
         names: list[str] = []
 
         def step(*tensors: Tensor) -> list[Tensor]:
@@ -92,27 +121,33 @@ class Program:
 
         graph = make_fx(step, tracing_mode="fake")(*memory)
         run = self._build(graph, memory)
-        return _Recorded(names, lambda: run(*memory), places)
+        return _Recorded(names, lambda: run(*memory), places), rehearsal
 
-    @torch.enable_grad()  # what differentiates a loss is part of it
     def _capture(self, values: Sequence[Any]) -> "_Recorded":
         """Capture the kernels in a CUDA graph."""
         device = self._device  # not always the current one, on which a capture would be empty
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # where libraries set themselves up, before the capture
-            places = _rehearse(self._step, values).places()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        try:  # where libraries set themselves up, before the capture
+            with torch.cuda.stream(stream):
+                one, rehearsal = self._compile(values)
+                with rehearsal.undone():
+                    one.run()
+        finally:  # for whoever catches an error, too, all is undone
+            torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            results = self._step(*values)
+            if self._build is None:
+                results = self._step(*values)
+            else:
+                results = dict(zip(one.names, one.run(), strict=True))
         tensors = [*results.values()]
 
         def run() -> list[Tensor]:
             graph.replay()
             return tensors
 
-        return _Recorded([*results], run, places)
+        return _Recorded([*results], run, one.places)
 
 
 @dataclass(frozen=True)
@@ -149,6 +184,7 @@ class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.memory: dict[int, Tensor] = {}
         self._copies: dict[int, Tensor] = {}
         self._touched: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._written: list[int] = []
         self._others = {0}  # 0: of tensors without elements
         self._made: list[Tensor] = []  # kept, lest an address come up twice
 
@@ -179,7 +215,17 @@ class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Give all memory the values of before."""
         for address, copy in self._copies.items():
             self.memory[address].copy_(copy)
-        self._copies, self._made = {}, []
+        self._written, self._copies, self._made = [*self._copies], {}, []
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Undo what is done meanwhile by the same function."""
+        copies = [(self.memory[address], self.memory[address].clone()) for address in self._written]
+        try:
+            yield
+        finally:
+            for memory, copy in copies:
+                memory.copy_(copy)
 
     def places(self) -> list[tuple[weakref.ref[Tensor], int]]:
         """The tensors that outlive the function, and where they lie.
@@ -269,17 +315,6 @@ def require_compiler() -> None:
         raise ValueError("compile needs Python's headers: install python3-dev or what it is called")
 
 
-def _inductor(
-    graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
-) -> Callable[..., Sequence[Tensor]]:
-    from torch._inductor import compile as compiled
-
-    graph = make_fx(graph, decomposition_table=_WRITTEN_OUT, tracing_mode="fake")(*inputs)
-    # Its Python wrapper would cost more than the step of a small network.
-    run: Callable[..., Sequence[Tensor]] = compiled(graph, [*inputs], options={"cpp_wrapper": True})
-    return run
-
-
 def _adam_(
     parameters: list[Tensor],
     gradients: list[Tensor],
@@ -313,4 +348,9 @@ def _adam_(
 
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._fused_adam_.default: _adam_,
+}
+_WRITTEN_OUT_ON_CUDA: dict[Any, Callable[..., Any]] = {
+    # cuBLAS wants the bias copied to every row beforehand: a kernel that an addition behind the
+    # product shares with what follows.
+    torch.ops.aten.baddbmm.default: lambda bias, x, weight: bias + torch.bmm(x, weight),
 }

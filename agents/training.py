@@ -28,7 +28,7 @@ from agents.networks import stack_members
 from agents.nonfinite import NonFiniteError
 from agents.pixels import FrameReplay
 from agents.presets import ALGORITHMS
-from agents.program import require_compiler
+from agents.program import build_for, require_compiler
 from agents.replay import Replay, Upload
 from agents.seeding import Purpose, Streams, episode_seed, evaluation_seeds
 
@@ -193,7 +193,13 @@ class Training:
                 f"gradient steps come every {agent_config.train_every} environment steps"
             )
         sampling = Streams(Purpose.REPLAY, self.seeds, self.device)
-        self.learner = Learner(self.agent, self.replay, sampling, compiled=config.compile)
+        self.learner = Learner(
+            self.agent,
+            self.replay,
+            sampling,
+            compiled=config.compile,
+            build=build_for(self.device),
+        )
         if config.compile and agent_config.tau_end is not None:
             for target in self.agent.targets.values():  # a number would be read once
                 target.tau = torch.full((), agent_config.tau, device=self.device)

@@ -76,10 +76,13 @@ def traffic(algo: str, obs: int, action: int, config: Any) -> int:
 
 def peaks(device: torch.device, elements: int = 1 << 27, side: int = 8192) -> Peaks:
     """What the device can do: a plain copy of so many floats, and a product of square matrices."""
-    x, a = torch.ones(elements, device=device), torch.ones(side, side, device=device)
+    x, a = torch.ones(elements, device=device), torch.randn(side, side, device=device)
     bench = Bench(device, rounds=5)
     bench.section = "peaks"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as fast as any contender may multiply
     bench.compare(COPY, {COPY: partial(torch.empty_like(x).copy_, x), "product": lambda: a @ a})
+    torch.set_float32_matmul_precision(before)
     seconds = bench.cases[0].seconds
     return Peaks(2 * x.nbytes / seconds(COPY).low, 2 * side**3 / seconds("product").low)
 

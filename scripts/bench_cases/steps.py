@@ -23,7 +23,7 @@ from scripts.bench_cases.timing import STEP, Bench, Contender, Needs, call_all
 from scripts.bench_cases.trainings import COMPILED, OURS, ROWS, filled, learn, ways
 
 GEMMS = "its GEMMs alone"
-ALONE, TOGETHER = "one seed", "seeds together"
+ALONE, TOGETHER, TF32 = "one seed", "seeds together", "seeds together, TF32"
 SAC_STEP, DDPG_STEP, TD3_STEP = "SAC gradient step", "DDPG gradient step", "TD3 gradient step"
 DQN64_STEP, DQN256_STEP = "DQN gradient step, 64 units", "DQN gradient step, 256x256"
 SAC_SEEDS = "SAC step of many seeds"
@@ -93,20 +93,42 @@ def steps(bench: Bench) -> None:
 
 def many_seeds(bench: Bench) -> None:
     """Gradient steps of many seeds in one, counted a seed."""
-    compile = bench.compile and bench.device.type == "cuda"
-    counts = (1, 20, 128, 1024) if bench.device.type == "cuda" else (1, 2, 5, 10, 20, 32)
+    if bench.device.type == "cuda":
+        many_seeds_on_gpu(bench)
+        return
     for title, step in MANY_SEEDS.items():
-        for count in bench.sizes(counts):
+        for count in bench.sizes((1, 2, 5, 10, 20, 32)):
             one, many = (
-                filled(step.algo, step.env_id, step.config, bench.device, range(n), compile)
+                filled(step.algo, step.env_id, step.config, bench.device, range(n))
                 for n in (1, count)
             )
             contenders = {
                 ALONE: Contender(partial(learn, one)),
                 TOGETHER: Contender(partial(learn, many), count),
             }
-            note = "time of one seed's step, compiled" if compile else "time of one seed's step"
-            _, needs = floor_of(step, one)
-            bench.compare(title, contenders, size=str(count), note=note, needs=needs)
+            bench.compare(title, contenders, size=str(count), note="time of one seed's step")
             one.close()
             many.close()
+
+
+def many_seeds_on_gpu(bench: Bench) -> None:
+    """The same as programs, with products of float32 and, of many seeds of SAC, of TF32."""
+    for title in (SAC_SEEDS, DQN64_SEEDS):
+        algo, env_id, config, _ = step = MANY_SEEDS[title]
+        for count in bench.sizes((1, 20, 128, 1024)):
+            many = partial(filled, algo, env_id, config, bench.device, range(count), bench.compile)
+            trainings = {TOGETHER: many()}
+            if algo == "sac" and count > 1:
+                learn(trainings[TOGETHER])  # recorded with the precision of now
+                trainings = {**trainings, TF32: many(precision="high")}
+            contenders = {
+                name: Contender(partial(learn, training), count)
+                for name, training in trainings.items()
+            }
+            _, needs = floor_of(step, trainings[TOGETHER])
+            note = (
+                "time of one seed's step, compiled" if bench.compile else "time of one seed's step"
+            )
+            bench.compare(title, contenders, size=str(count), note=note, needs=needs)
+            for training in trainings.values():
+                training.close()

@@ -137,8 +137,11 @@ def by_contender(case: Case) -> str:
 
 def by_size(cases: list[Case]) -> str:
     """A row a size, a column a contender."""
-    names = list(cases[0].rounds)
-    rows = [[case.size, *(figure(case, name) for name in names)] for case in cases]
+    names = list(dict.fromkeys(name for case in cases for name in case.rounds))
+    rows = [
+        [case.size, *(figure(case, name) if name in case.rounds else "" for name in names)]
+        for case in cases
+    ]
     if any(case.roofline for case in cases):
         names = [*names, "roofline"]
         rows = [[*row, in_unit(c.roofline)] for row, c in zip(rows, cases, strict=True)]

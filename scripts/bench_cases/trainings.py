@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch
 from agents.program import require_compiler
 from agents.training import TrainConfig, Training
 
+Precision = Literal["highest", "high"]
 OURS, COMPILED = "polyak_rl", "polyak_rl, compiled"
 ROWS = 5_000  # transitions in a replay buffer that gradient steps are measured on
 FEWEST_ROWS = 512  # of one seed among many
@@ -34,6 +35,7 @@ def fresh(
     seeds: Sequence[int] = (1,),
     buffer_size: int = 100_000,
     compile: bool = False,
+    precision: Precision = "highest",
 ) -> Training:
     """A training that never evaluates and never ends."""
     run = TrainConfig(
@@ -42,6 +44,7 @@ def fresh(
         eval_every=2 * STEPS_OF_A_RUN,
         device=str(device),
         compile=compile,
+        matmul_precision=precision,
     )
     return Training(algo, dataclasses.replace(config, buffer_size=buffer_size), run, seeds)
 
@@ -53,10 +56,11 @@ def filled(
     device: torch.device,
     seeds: Sequence[int] = (1,),
     compile: bool = False,
+    precision: Precision = "highest",
 ) -> Training:
     """A training with random transitions in every row of its replay buffer."""
     rows = max(FEWEST_ROWS, ROWS // len(seeds))
-    training = fresh(algo, env_id, config, device, seeds, rows, compile)
+    training = fresh(algo, env_id, config, device, seeds, rows, compile, precision)
     rng = np.random.default_rng(0)
     shape, size = (len(seeds), rows), training.interface
     if size.discrete:
