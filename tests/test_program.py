@@ -1,6 +1,7 @@
 import copy
 import math
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from agents.checkpoint import Checkpoints, newest, restore
 from agents.ddpg import DDPG, DDPGConfig
 from agents.dqn import DQN, DQNConfig
 from agents.learner import Learner
+from agents.nonfinite import GradientWatch
 from agents.presets import ALGORITHMS
-from agents.program import Program
+from agents.program import Program, inductor
 from agents.replay import Replay
 from agents.sac import SAC, SACConfig
 from agents.seeding import Purpose, Streams
@@ -110,9 +112,9 @@ def assert_same(ours, theirs):
         assert torch.equal(ours[name], x), name
 
 
-def assert_close(ours, theirs):
+def assert_close(ours, theirs, rtol=1e-4, atol=1e-6):
     for name, x in theirs.items():
-        torch.testing.assert_close(ours[name], x, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(ours[name], x, rtol=rtol, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -361,15 +363,41 @@ def test_a_missing_compiler_is_named_before_anything_begins(monkeypatch):
         training()
 
 
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="fusing on a GPU needs Triton")
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", CASES)
-def test_a_captured_graph_launches_the_same_kernels(name):
-    eager, eager_tags = trained(name, seeds=2, device="cuda", spoil={2, 5})
-    program, tags = trained(name, seeds=2, device="cuda", spoil={2, 5}, compiled=True)
+@pytest.mark.parametrize("build", [None, pytest.param(inductor, marks=needs_triton)])
+def test_a_captured_graph_is_the_same_to_rounding(name, build):
+    options = {"seeds": 2, "device": "cuda", "spoil": {2, 5}}
+    eager, eager_tags = trained(name, **options)
+    program, tags = trained(name, **options, compiled=True, build=build)
     assert len(program.program.recorded) == programs_of(name)
-    assert_close(tensors(program.agent), tensors(eager.agent))
-    assert_close(tags, eager_tags)
+    bounds = {} if build is None else {"rtol": 1e-3, "atol": 1e-5}
+    assert_close(tensors(program.agent), tensors(eager.agent), **bounds)
+    finite = {tag: x for tag, x in eager_tags.items() if x.isfinite().all()}
+    assert finite
+    assert_close(tags, finite, **bounds)
     assert read(program) == read(eager) != []
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_flags_go_round_where_there_are_more_steps_than_rows(device):
+    build = None if device == "cuda" else recorder([])
+    learner = learner_of("sac", device=device, compiled=True, build=build)
+    watch = learner.agent.descent.watch = GradientWatch(
+        learner.agent.descent.watch.networks, 1, device, capacity=8
+    )
+    rewards = learner.replay.rows[-1, :, -6]
+    good = rewards.clone()
+    found = []
+    for k in range(30):
+        if watch.full:
+            found.append([bad.row for bad in watch.read() if bad.network == "critic"])
+        rewards.copy_(torch.full_like(good, math.nan) if k % 5 == 4 else good)
+        step(learner)
+    assert found == [[4], [1, 6], [3]]
 
 
 def test_every_agent_has_a_case():
