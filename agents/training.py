@@ -84,9 +84,9 @@ class TrainConfig:
     """of products on CUDA: float32, or TF32's 10 bits for speed; holds for the whole process"""
     compile: bool = False
     """make the gradient step one program, from sampling to the target networks, for a constant
-    learning rate; its numbers are read once. On CPU it is compiled, by a C++ compiler in some ten
-    seconds, twice where something is not due in every step, and each step is the same to rounding;
-    on CUDA it is a captured graph"""
+    learning rate; its numbers are read once. It is compiled, by a C++ compiler or on CUDA by
+    Triton, in ten to twenty seconds, twice where something is not due in every step, and each step
+    is the same to rounding; on CUDA it is captured in a graph besides"""
 
 
 def crossings(before: int, after: int, every: int) -> int:
