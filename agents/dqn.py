@@ -104,11 +104,8 @@ class DQN:
 
     @torch.inference_mode()
     def explore(self, obs: Tensor, step: int) -> Tensor:
-        """Epsilon-greedy actions: obs [S, n, O] -> [S, n].
-
-        Two numbers are drawn for each action whether or not it is random, so that the stream's
-        position depends on the number of actions alone.
-        """
+        """Epsilon-greedy actions: obs [S, n, O] -> [S, n]."""
+        # Two draws an action, random or not: the stream's position depends on their number alone.
         coin, pick = self.exploration.uniform(2, obs.shape[1]).unbind(1)  # [S, n] each
         random = (pick * self.action_dim).long()
         return torch.where(coin < self.epsilon(step), random, self.q.act(obs))
