@@ -91,7 +91,16 @@ class GradientWatch:
         self._now.zero_()
 
     def read(self) -> list[BadGradient]:
-        """The bad gradients since the last reading, oldest first; the flags are cleared."""
+        """The bad gradients since the last reading, oldest first; the flags are cleared.
+
+        Raises:
+            RuntimeError: The device has noted other steps than were counted.
+        """
+        if (noted := int(self._row)) not in (0, len(self.env_steps)):
+            raise RuntimeError(
+                f"the device noted {noted} gradient steps and {len(self.env_steps)} were counted: "
+                "which of them were bad cannot be told"
+            )
         rows = self.flags[: len(self.env_steps)]
         bad = [
             BadGradient(self.networks[network], member, self.env_steps[row], row)

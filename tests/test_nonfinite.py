@@ -275,6 +275,15 @@ def test_flags_are_read_before_they_run_out():
     assert training.updates == 32
 
 
+def test_flags_of_steps_that_were_not_counted_are_not_given_to_others():
+    watch = GradientWatch(["q"], 1, "cpu")
+    for _ in range(3):
+        watch.note()
+    watch.count(7, noted=True)
+    with pytest.raises(RuntimeError, match="noted 3 gradient steps and 1 were counted"):
+        watch.read()
+
+
 def test_the_command_line_names_the_fault_and_the_last_good_checkpoint(tmp_path, capsys):
     FAULTS[4, 5] = "nan"
     argv = ["dqn", "--env-id", "test/Faulty-v0", "--total-steps", "100", "--runs-dir"]
