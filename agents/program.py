@@ -38,8 +38,7 @@ def inductor(
     # On CPU a Python wrapper would cost more than the step of a small network; a CUDA graph has
     # none, and there small kernels that do not depend on each other become one.
     options = {"cpp_wrapper": True} if on_cpu else {"combo_kernels": True}
-    written_out = _WRITTEN_OUT if on_cpu else _WRITTEN_OUT | _WRITTEN_OUT_ON_CUDA
-    graph = make_fx(graph, decomposition_table=written_out, tracing_mode="fake")(*inputs)
+    graph = make_fx(graph, decomposition_table=_WRITTEN_OUT, tracing_mode="fake")(*inputs)
     run: Callable[..., Sequence[Tensor]] = compiled(graph, [*inputs], options=options)
     return run
 
@@ -348,9 +347,7 @@ def _adam_(
 
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._fused_adam_.default: _adam_,
-}
-_WRITTEN_OUT_ON_CUDA: dict[Any, Callable[..., Any]] = {
-    # cuBLAS wants the bias copied to every row beforehand: a kernel that an addition behind the
-    # product shares with what follows.
+    # The product wants the bias copied to every row beforehand, by a loop of its own; an addition
+    # behind it shares the loop of what follows.
     torch.ops.aten.baddbmm.default: lambda bias, x, weight: bias + torch.bmm(x, weight),
 }
