@@ -48,6 +48,7 @@ CELLS = {  # (cell, variant) -> environment, algorithm, steps, runs
     (9, ""): ("Hopper-v5", "td3", 100_000, 10),
     (10, ""): ("HalfCheetah-v5", "sac", 50_000, 8),
     (11, ""): ("Hopper-v5", "sac", 100_000, 10),
+    (12, ""): ("LunarLander-v3", "ppo", 300_000, 10),
 }
 
 
@@ -246,16 +247,18 @@ def test_the_first_studys_rows_are_those_that_were_measured_under_new_names():
 
 
 def check_registered(text, rows):
-    """All registered numbers that need no replay, of a report on all cells."""
-    cells = {place: rows[env, algo, place[1]] for place, (env, algo, *_) in CELLS.items()}
+    """All registered numbers, of a report on the cells that have rows."""
+    ended = [place for place in CELLS if (*CELLS[place][:2], place[1]) in rows]
+    cells = {place: rows[*CELLS[place][:2], place[1]] for place in ended}
     cells = {
         place: {seed: run for seed, run in cell.items() if 201 <= seed < 201 + CELLS[place][3]}
         for place, cell in cells.items()
     }
     found = table(text, "runs", "placebo − last")
     names = {
-        place: f"cell {place[0]}, {algo.upper()} {env}" + f" ({place[1]})" * bool(place[1])
-        for place, (env, algo, *_) in CELLS.items()
+        (number, variant): f"cell {number}, {CELLS[number, variant][1].upper()}"
+        f" {CELLS[number, variant][0]}" + f" ({variant})" * bool(variant)
+        for number, variant in ended
     }
     assert [row["name"] for row in found] == [*names.values()]
     gain = {}
@@ -346,12 +349,12 @@ def check_registered(text, rows):
 
 
 def made_up(folder):
-    """Rows of all cells with known gains, few episodes; one run of cell 2 has crashed."""
+    """Rows of all cells but 12 with known gains, few episodes; one run of cell 2 has crashed."""
     draw = random.Random(3)
     truth = {1: 0.15, 2: 0.1, 3: 0.2, 4: 0.1, 5: 0.0, 6: 0.1, 11: 0.03}
     factor = {"lr=x0.25": 0, "lr=x0.5": 0.7, "lr=x2": 2, "target=hard:512": 0.3}
     lines, runs = [], []
-    for (number, variant), (env, algo, total, count) in CELLS.items():
+    for (number, variant), (env, algo, total, count) in list(CELLS.items())[:-1]:
         low, high = SCALES[env]
         for seed in range(201, 201 + count):
             name = f"{env}-{algo}-{variant}-{seed}"
