@@ -2,7 +2,7 @@
 
     python -m scripts.choice RESULTS [--out DIR]
 
-RESULTS are CSV files (also .csv.gz) or folders of them, as `scripts.report` reads them. Of each run
+RESULTS are CSV files (also packed) or folders of them, as `scripts.report` reads them. Of each run
 the schemes at its last step are the candidates, and of its past the stretches and checkpoints that
 were evaluated there, or else the last iterate at the evaluations of the last fifth. A replay deals
 the stored episodes out at random: some to choose on, the others to score. Nothing is dealt twice; a
