@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import math
 import random
 import re
@@ -55,7 +56,7 @@ CELLS = {  # (cell, variant) -> environment, algorithm, steps, runs
 def read(path):
     """{(env, algo, variant): {seed: {scheme: {step: {episode: return}}}}}."""
     runs = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(dict))))
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened = {".gz": gzip.open, ".xz": lzma.open}[path.suffix]
     with opened(path, "rt", newline="") as file:
         for row in csv.DictReader(file):
             run = runs[row["env"], row["algo"], row["variant"]][int(row["seed"])]
@@ -429,8 +430,10 @@ def test_a_crashed_run_is_counted_as_no_difference_in_a_line_of_its_own(study):
     assert row["runs"] == "60"
 
 
-@pytest.mark.skipif(
-    not (RESULTS / "report.md").exists(), reason="the registered study is under way"
-)
+REPORT = RESULTS / "registered" / "report.md"
+
+
+@pytest.mark.skipif(not REPORT.exists(), reason="the registered study is under way")
 def test_the_report_of_the_registered_study_is_what_its_rows_say():
-    check_registered((RESULTS / "report.md").read_text(), read(RESULTS / "results.csv.gz"))
+    (rows,) = REPORT.parent.glob("results.csv.*")
+    check_registered(REPORT.read_text(), read(rows))

@@ -295,7 +295,7 @@ class Measurement:
         self.timeline.max_weight_error = 0.05 if late else 1.0
         due = {"always", *["late"] * late, *["end"] * final}
         for scheme in SCHEMES.values():
-            if scheme.at is not None and scheme.at * job.points == 100 * point:
+            if scheme.is_checkpoint and scheme.until == 100 * point / job.points:
                 self.checkpoints[scheme.name] = self.averages.last()
             if scheme.when in due and (weights := self.weights(scheme.name)) is not None:
                 seeds = self.other if scheme.name == "placebo" else self.common
