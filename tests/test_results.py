@@ -299,6 +299,9 @@ def check_registered(text, rows):
         11: [gain[1, ""][s] - gain[5, "lr=decay75"][s] for s in gain[1, ""].keys() & last.keys()],
         12: [(hard32[s] + none[s] - hard512[s] - soft[s]) / 2 for s in seeds],
     }
+    paragraph = text.split("\n\n")[1]
+    for row in [primary[0], *table(text, "Holm's p", "mean", "runs")]:
+        assert row["mean"] in paragraph
     worth = {}
     if all("window95" in run for n in (1, 2, 3) for run in cells[n, ""].values()):
         windows = ["tail5", *(f"window{end}" for end in range(95, 50, -5))]

@@ -9,23 +9,15 @@ import numpy as np
 
 from scripts.experiment.analysis import Effect, gain, present
 from scripts.experiment.figures import DOSE, FOREST, dose_rows, draw_dose, draw_forest
+from scripts.experiment.headline import headline, place
 from scripts.experiment.page import Page
-from scripts.experiment.registered import (
-    BUDGET,
-    CHOOSE,
-    HEADROOM,
-    Rule,
-    Study,
-    commit_of,
-    provenance,
-)
+from scripts.experiment.registered import BUDGET, CHOOSE, Rule, Study, commit_of, provenance
 from scripts.experiment.schemes import PRIMARY
 from scripts.experiment.wording import (
     OVERVIEW,
     OVERVIEW_NOTE,
     counts,
     interval,
-    listing,
     number,
     overview,
     p_value,
@@ -49,17 +41,9 @@ class RegisteredReport:
         """What the registration asked, in its order."""
         page, study = self.page, self.study
         primary = study.primary()
+        page.finding(" ".join(headline(study)))
         if primary:
-            effect = next(iter(primary.values()))
-            names = listing([plain(study.cells[cell].name) for cell in HEADROOM])
-            page.finding(
-                "Shipping the average of the last quarter of the run (tail25) in place of the last"
-                f" iterate: **{says(effect, effect.p)}**, {interval(effect.interval)} in normalised"
-                f" score, the mean over {names} ({effect.runs} runs, 95 % interval, sign-flip p"
-                f" {p_value(effect.p)}): the one registered primary test."
-            )
-        else:
-            page.finding("The registered primary test cannot be made: a cell of it has not ended.")
+            page.text(place())
         page.text(
             f"Registered in `scripts/results/registration.md`, {provenance()}. The runs are of"
             f" commit {plain(about.get('commit', 'unknown'))}. What stands under “Registered” was"

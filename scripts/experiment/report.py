@@ -23,6 +23,7 @@ from scripts.experiment.figures import (
     draw_forest,
     draw_shares,
 )
+from scripts.experiment.literature import LITERATURE
 from scripts.experiment.page import Page
 from scripts.experiment.registered import Replay, Study, divide
 from scripts.experiment.registered_report import RegisteredReport
@@ -160,6 +161,8 @@ class Report:
         self.schemes()
         self.runs(about)
         self.method()
+        if self.study.cells:
+            self.literature()
 
     # --- all else --------------------------------------------------------------------------------
 
@@ -401,6 +404,14 @@ class Report:
             "In simulation, at 10 and 20 runs, t intervals cover 92–97 % where the skewness is at"
             " most 1, about 90 % with exponential scores; bands 95 %, 89–91 % at a skewness of 1.",
         ])  # fmt: skip
+
+    def literature(self) -> None:
+        """What others have found."""
+        self.heading("What others have found")
+        self.page.text("What a work leaves open is said as far as its abstract or its code shows.")
+        for about, works in LITERATURE.items():
+            self.page.text(f"{about}:")
+            self.page.bullets([plain(work) for work in works])
 
     def heading(self, text: str) -> None:
         """A section, or a part of the exploratory one."""
