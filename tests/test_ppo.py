@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch import nn
 
 from polyak_rl import Timeline
+from scripts import compare
 from scripts.experiment import driver, ppo, results
 from scripts.experiment.jobs import Job, Options, plan
 from scripts.experiment.locks import Hold
@@ -111,3 +113,24 @@ def test_the_registered_timeline_is_fine_enough_for_every_scheme():
                     worst[name] = max(worst.get(name, 0), timeline.weight_error(rule))
     assert worst.keys() == {name for name, s in SCHEMES.items() if s.rule} - {"ema1"}
     assert max(worst.values()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "change", [{"seeds": (1, 2)}, {"wrap": ("a:B",)}, {"lr_decay": "linear"}], ids=str
+)
+def test_what_ppo_jobs_cannot_do_is_refused_before_anything_is_removed(tmp_path, change):
+    (tmp_path / "kept").touch()
+    job = dataclasses.replace(JOB, **change)
+    with pytest.raises(ValueError, match="a job of PPO has one seed, no wrapper and a constant"):
+        ppo.set_up(job, [tmp_path] * len(job.seeds), Hold())
+    assert (tmp_path / "kept").exists()
+
+
+def test_a_study_without_stable_baselines3_ends_before_its_first_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    monkeypatch.delitem(sys.modules, "scripts.experiment.ppo")
+    monkeypatch.setattr(compare, "check", lambda jobs: None)
+    assert compare.main(["--tier", "study", "--out", str(tmp_path)]) == 2
+    said = "cell 12 needs Stable-Baselines3: pip install -c constraints.txt --group sb3"
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert not [*tmp_path.iterdir()]

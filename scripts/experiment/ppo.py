@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from agents.environments import interface, make_env
 from agents.evaluation import Evaluation, Evaluator
 from agents.training import TrainConfig
-from polyak_rl import PolicyAverages
 from scripts.experiment.jobs import Job
 from scripts.experiment.locks import Hold
 from scripts.experiment.measurement import Measurement, beginning, clear, in_bank
@@ -36,7 +35,14 @@ except ImportError as error:
 
 
 def set_up(job: Job, paths: list[Path], held: Hold) -> Measurement:
-    """Set a job up at its first step; what its folder held is removed."""
+    """Set a job up at its first step; what its folder held is removed.
+
+    Raises:
+        ValueError: It asks for what only the algorithms of `agents` can do.
+    """
+    asked = {"seeds": len(job.seeds), "wrap": job.wrap, "lr_decay": job.lr_decay}
+    if asked != {"seeds": 1, "wrap": (), "lr_decay": "constant"}:
+        raise ValueError(f"a job of PPO has one seed, no wrapper and a constant rate, got {asked}")
     (path,) = paths
     clear(path)
     run = PPORun(job, path)
@@ -48,7 +54,7 @@ class Greedy(nn.Module):
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__()
-        self.policy = copy.deepcopy(policy)
+        self.policy = copy.deepcopy(policy)  # a new one would draw training's random numbers
 
     def act(self, obs: Tensor) -> Tensor:
         """Actions [1, E] for observations [1, E, O]."""
@@ -67,8 +73,6 @@ class PPORun:
         about: See `life.Run`.
         folders: The one.
     """
-
-    averages: PolicyAverages
 
     def __init__(self, job: Job, path: Path) -> None:
         (seed,), c = job.seeds, job.agent_config()
