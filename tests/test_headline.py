@@ -55,9 +55,7 @@ def test_a_study_that_found_what_is_true_says_so_in_five_sentences():
     assert "**better** (+0.150 [+0.145, +0.155]) in cell 1, DQN CartPole-v1" in second
     assert "**above 0, indicative** (+0.150 [" in second  # of eight runs in cell 10
     assert re.search(r"\(there [+−]0\.000 \[", second)
-    assert (
-        "the best of ten past windows against always tail25 came out as **worse** (−0.050" in third
-    )
+    assert "ten windows of 5 % against always tail25 came out as **worse** (−0.050" in third
     assert (
         "choose among all against always tail25 as **no difference that matters** (+0.000" in third
     )

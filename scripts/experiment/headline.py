@@ -71,7 +71,7 @@ def where(study: Study, tests: dict[int, Test]) -> str:
 def evaluating(tests: dict[int, Test]) -> str:
     """Choosing at equal numbers of evaluation episodes."""
     return (
-        f"With {BUDGET} episodes to choose by, the best of ten past windows against always tail25"
+        f"With {BUDGET} episodes to choose by, the best of ten windows of 5 % against always tail25"
         f" came out as {says_of(tests[5])}, polyak\\_rl.choose among all against always tail25 as"
         f" {says_of(tests[6])}, and against the best of last and five checkpoints as"
         f" {says_of(tests[7])}."
