@@ -2,7 +2,7 @@
 
     python -m scripts.choice RESULTS [--out DIR]
 
-RESULTS are CSV files (also .csv.gz) or folders of them, as `scripts.report` reads them. Of each run
+RESULTS are CSV files (also packed) or folders of them, as `scripts.report` reads them. Of each run
 the schemes at its last step are the candidates, and of its past the stretches and checkpoints that
 were evaluated there, or else the last iterate at the evaluations of the last fifth. A replay deals
 the stored episodes out at random: some to choose on, the others to score. Nothing is dealt twice; a
@@ -30,7 +30,7 @@ from polyak_rl.choose import choose, one_by_one, rounds
 from scripts.experiment import stats
 from scripts.experiment.analysis import FEWEST
 from scripts.experiment.figures import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
-from scripts.experiment.schemes import LAST
+from scripts.experiment.schemes import KNOWN, LAST
 from scripts.experiment.stats import Floats, Interval
 from scripts.experiment.tidy import SCALES, read_table, result_files
 
@@ -42,9 +42,7 @@ PRIOR = "tail25"
 HELD_OUT = 4  # fewer episodes than this do not score a choice
 LATE, LATEST = 0.2, 9  # of the past: evaluations in this share of the run, at most so many
 MARGIN = 0.2  # standard deviations of the last iterate over runs: smaller does not matter
-NOT_SHIPPED = ("placebo", "best", "line")  # beginnings of schemes that are no candidates
-CHECKPOINT = "checkpoint"
-PAST = ("window", CHECKPOINT)  # beginnings of schemes that are of the past
+CHECKPOINTS = {name for name, scheme in KNOWN.items() if scheme.is_checkpoint}
 # In the order of belief: a budget too small for all candidates takes the first ones.
 BELIEF = (PRIOR, BASE, "tail10", "tail50", "ema1", "tail5", "target")
 
@@ -69,13 +67,13 @@ class Run:
     @property
     def checkpoints(self) -> list[str]:
         """The last iterate and those of the past, or stretches of the past in their place."""
-        return [BASE, *([name for name in self.past if name.startswith(CHECKPOINT)] or self.past)]
+        return [BASE, *([name for name in self.past if name in CHECKPOINTS] or self.past)]
 
     @property
     def all(self) -> list[str]:
         """Averages that are believed in, stretches of the past (or checkpoints), other averages."""
         believed = [name for name in self.averages if name in BELIEF]
-        past = [name for name in self.past if not name.startswith(CHECKPOINT)] or self.past
+        past = [name for name in self.past if name not in CHECKPOINTS] or self.past
         return believed + past + [name for name in self.averages if name not in BELIEF]
 
     def table(self, names: Iterable[str]) -> dict[str, Floats]:
@@ -144,20 +142,16 @@ def number(text: str, place: str) -> float:
 def as_run(key: tuple[str, ...], points: dict[int, dict[str, dict[str, float]]]) -> Run:
     """One run's candidates at its last step, and of its past."""
     end = max(points)
-    now = {name: x for name, x in points[end].items() if not name.startswith(NOT_SHIPPED)}
-    past = sorted((name for name in now if name.startswith(PAST)), key=newest)
+    now = {n: x for n, x in points[end].items() if n not in KNOWN or KNOWN[n].candidate}
+    ends = {n: KNOWN[n].until or 0 for n in now if n in KNOWN}  # 0: it is not of the past
+    past = sorted((n for n in ends if ends[n]), key=lambda n: -ends[n])
     if not past:
         late = [step for step in sorted(points) if (1 - LATE) * end <= step < end][-LATEST:]
-        now |= {f"{CHECKPOINT}@{step}": points[step][BASE] for step in late if BASE in points[step]}
-        past = [f"{CHECKPOINT}@{step}" for step in late[::-1] if BASE in points[step]]
+        then = {f"iterate of step {s}": points[s][BASE] for s in late[::-1] if BASE in points[s]}
+        now, past = now | then, [*then]
     curve = [np.mean([*points[s][BASE].values()]) for s in sorted(points) if BASE in points[s]]
     learned = float(max(curve, default=0) - min(curve, default=0)) or 1.0
     return Run((key[0], key[1], key[2]), key[3], now, past, learned)
-
-
-def newest(name: str) -> float:
-    """A sort key of a scheme of the past: the one that ends latest comes first."""
-    return -float("".join(c if c in ".0123456789" else " " for c in name).split()[-1])
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

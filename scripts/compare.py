@@ -72,6 +72,8 @@ def command(options: Options[Any]) -> int:
         missing = [job for job in jobs if not finished(job, options.out)]
         if options.ray is not None:
             importlib.import_module("scripts.experiment.cluster")  # not only when it is needed
+        if any(job.algo == "ppo" for job in missing):
+            importlib.import_module("scripts.experiment.ppo")
     except (ValueError, OSError, ImportError, EnvironmentFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,8 +2,8 @@
 
     python -m scripts.report RESULTS [--out DIR]
 
-RESULTS are CSV files (also .csv.gz) or folders of them, one row an evaluation episode, from
-whatever tool, with the columns
+RESULTS are CSV files (also .csv.gz, .csv.xz) or folders of them, one row an evaluation episode,
+from whatever tool, with the columns
 
     run, env, algo, seed, scheme, step, episode, return   and, optionally, variant
 
@@ -31,7 +31,7 @@ class Options:
     """What to report and where."""
 
     results: tyro.conf.Positional[tuple[Path, ...]]
-    """CSV files in the tidy columns (also .csv.gz), or folders of them"""
+    """CSV files in the tidy columns (also .csv.gz, .csv.xz), or folders of them"""
     out: Path | None = None
     """folder for report.html, report.md and figures/ (default: the first results' folder)"""
     primary: str = PRIMARY.name

@@ -34,29 +34,33 @@ def rows_of(scheme, step, returns, run="a"):
 
 def test_candidates_are_the_schemes_of_the_last_step_by_their_present_names(tmp_path):
     rows = rows_of(BASE, 50, [0, 1]) + rows_of("ema1", 50, [9, 9]) + rows_of(BASE, 100, [1, 2])
-    for scheme in ("tail25", "all", "placebo", "best", "line0.5", "window90-95"):
+    for scheme in ("tail25", "all", "placebo", "best", "line0.5", "window90", "window95", "new"):
         rows += rows_of(scheme, 100, [3, 4])
-    rows += rows_of("window85-90", 100, [3, 4])
     write(tmp_path / "r.csv", rows)
     (run,) = choice.read([tmp_path / "r.csv"])
-    assert set(run.returns) == {"last", "tail25", "all", "window90-95", "window85-90"}
-    assert run.past == ["window90-95", "window85-90"]
-    assert run.averages == ["tail25", "last", "all"]
-    assert run.all == ["tail25", "last", "window90-95", "window85-90", "all"]
-    assert run.checkpoints == ["last", "window90-95", "window85-90"]
+    assert set(run.returns) == {"last", "tail25", "all", "window95", "window90", "new"}
+    assert run.past == ["window95", "window90"]
+    assert run.averages == ["tail25", "last", "all", "new"]
+    assert run.all == ["tail25", "last", "window95", "window90", "all", "new"]
+    assert run.checkpoints == ["last", "window95", "window90"]
     write(tmp_path / "r.csv", rows + rows_of("checkpoint95", 100, [3, 4]))
     (run,) = choice.read([tmp_path / "r.csv"])
     assert run.checkpoints == ["last", "checkpoint95"]
-    assert run.all == ["tail25", "last", "window90-95", "window85-90", "all"]
+    assert run.all == ["tail25", "last", "window95", "window90", "all", "new"]
 
 
 def test_without_stretches_of_the_past_the_last_iterate_was_there_in_the_last_fifth(tmp_path):
     rows = [row for step in range(10, 101, 5) for row in rows_of(BASE, step, [step, step + 1])]
     write(tmp_path / "r.csv", rows)
     (run,) = choice.read([tmp_path / "r.csv"])
-    assert run.past == ["checkpoint@95", "checkpoint@90", "checkpoint@85", "checkpoint@80"]
+    assert run.past == [
+        "iterate of step 95",
+        "iterate of step 90",
+        "iterate of step 85",
+        "iterate of step 80",
+    ]
     assert run.learned == 90
-    np.testing.assert_array_equal(run.table(run.past)["checkpoint@80"], [80, 81])
+    np.testing.assert_array_equal(run.table(run.past)["iterate of step 80"], [80, 81])
 
 
 def test_only_episodes_that_all_candidates_have_are_common():
@@ -201,7 +205,7 @@ def test_it_writes_a_figure_and_a_table(tmp_path):
     rng = np.random.default_rng(3)
     rows = []
     for run in "abcdef":
-        for scheme in (BASE, PRIOR, "tail10", "window90-95"):
+        for scheme in (BASE, PRIOR, "tail10", "window95"):
             rows += rows_of(scheme, 100, rng.standard_normal(30), run)
         rows += rows_of(BASE, 50, rng.standard_normal(30) - 3, run)
     write(tmp_path / "r.csv", rows)

@@ -94,19 +94,24 @@ def test_contradictory_options_are_refused(options, message):
 
 def test_the_study_is_its_cells_in_order_and_takes_no_other_settings():
     jobs = plan(Options(tier="study", workers=1))
-    assert sum(len(job.seeds) for job in jobs) == sum(cell.runs for cell in CELLS) == 288
+    assert sum(len(job.seeds) for job in jobs) == sum(cell.runs for cell in CELLS) == 298
     assert [(job.env_id, job.variant, job.seeds) for job in jobs[:3]] == [
         ("CartPole-v1", "", tuple(range(201, 221))),
         ("LunarLander-v3", "", (201, 202, 203, 204)),
         ("LunarLander-v3", "", (205, 206, 207, 208)),
     ]
     assert {min(job.seeds) for job in jobs if job.variant} == {201}
-    rates = {job.variant: job.agent_config().learning_rate for job in jobs}
+    rates = {job.variant: job.agent_config().learning_rate for job in jobs if job.variant}
     assert rates["lr=x0.25"] * 8 == rates["lr=x2"] == 2 * jobs[0].agent_config().learning_rate
     soft = next(job.agent_config() for job in jobs if job.variant == "target=soft:0.0155")
     assert (1 - soft.tau) / soft.tau == pytest.approx((128 - 1) / 2)
     names = [name for job in jobs for name in job.run_names()]
-    assert len(set(names)) == 288
+    assert len(set(names)) == 298
+    last = jobs[-10:]
+    assert {(job.algo, job.env_id, job.steps()) for job in last} == {
+        ("ppo", "LunarLander-v3", 300_000)
+    }
+    assert [job.seeds for job in last] == [(seed,) for seed in range(201, 211)]
     with pytest.raises(ValueError, match="the registered study fixes seeds"):
         plan(Options(tier="study", seeds=5))
 

@@ -24,7 +24,7 @@ class Killed(BaseException):
     """Ends a run where it is."""
 
 
-def run_until(step, job, out):
+def run_until(step, job, out, **options):
     """Begin a job, or go on with it, and leave it at an environment step."""
 
     def kill(reached):
@@ -32,7 +32,7 @@ def run_until(step, job, out):
             raise Killed
 
     with pytest.raises(Killed):
-        run(job, out, kill)
+        run(job, out, kill, **options)
 
 
 def checkpoint_folder(job, out):

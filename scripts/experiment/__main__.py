@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from agents.malloc import keep_freed_memory
+from scripts.experiment import measurement
 from scripts.experiment.jobs import read_job
-from scripts.experiment.measurement import run
 from scripts.experiment.paths import no_link
 from scripts.experiment.terminal import unfailing_output
 
@@ -27,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        set_up = measurement.set_up
+        if job.algo == "ppo":
+            from scripts.experiment import ppo  # which takes seconds, and may not be installed
+
+            set_up = ppo.set_up
         torch.set_num_threads(1)
         keep_freed_memory()
         progress = asked.out / job.run_names()[0] / "progress"
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.suppress(OSError), open(progress, "w", opener=no_link) as file:
                 file.write(str(step))
 
-        run(job, asked.out, report)
+        measurement.run(job, asked.out, report, set_up)
     return 0
 
 

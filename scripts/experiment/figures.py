@@ -35,6 +35,28 @@ STYLE: Any = {  # matplotlib types the keys one by one
     "text.parse_math": False,  # a $ in a name is a $
     "svg.hashsalt": "polyak_rl",  # the same results draw the same file
 }
+FOREST = (
+    "Difference of the shipped weights' score, averaged minus last. Mean, 95 % interval. Grey:"
+    " within 0.2 standard deviations of last over runs, too small to matter. Hollow: too few runs"
+    " for an interval."
+)
+DOSE = (
+    "The difference of the shipped weights against how much last moved within a run before. The"
+    " standard deviation is over points from 55 to 75 % of the run, none of which is part of an"
+    " endpoint; mean over runs; 95 % intervals, not adjusted."
+)
+CURVES = (
+    "Learning curves of last and of the average of the run so far, and their paired difference."
+    " Means over runs; a band holds at all points at once with 95 %, and is paler where over half"
+    " of the runs have one value, as at a ceiling: there it holds less often. No band under five"
+    " runs."
+)
+SHARES = (
+    "Difference from last against how much of the run is averaged. Shipped weights, means with 95 %"
+    " intervals, not adjusted; hollow: too few runs. What is chosen here must be tested on other"
+    " seeds."
+)
+
 WIDTH = 5.8  # inches
 TIES = 0.5  # share of runs with one value beyond which a band holds less often than it says
 
@@ -181,6 +203,15 @@ def draw_shares(strata: Sequence[Stratum]) -> Figure:
         axes.locator_params(axis="y", nbins=4)
     figure.legend(*cells[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
+
+
+def dose_rows(strata: Mapping[str, Stratum], scheme: str) -> dict[str, tuple[Stratum, Effect]]:
+    """The strata with their differences, of those of which it is known how much last moved."""
+    return {
+        name: (s, effect)
+        for name, s in strata.items()
+        if s.scale and (effect := gain(s, scheme=scheme)).runs and present(s.wobble(LAST.name)).size
+    }
 
 
 def draw_dose(rows: Mapping[str, tuple[Stratum, Effect]]) -> Figure:

@@ -16,7 +16,7 @@ from agents.environments import interface, make_env
 from agents.presets import ALGORITHMS, preset
 from polyak_rl.files import write_whole
 from scripts.experiment.paths import folder_name
-from scripts.experiment.study import CELLS, FIRST_SEED
+from scripts.experiment.study import CELLS, FIRST_SEED, PPOConfig
 
 AgentConfig = TypeVar("AgentConfig")
 
@@ -102,7 +102,8 @@ class Job:
     def agent_config(self) -> Any:
         """The preset's config with this job's changes."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in self.agent.items()}
-        return dataclasses.replace(preset(self.algo, self.env_id)[0], **values)
+        base = PPOConfig() if self.algo == "ppo" else preset(self.algo, self.env_id)[0]
+        return dataclasses.replace(base, **values)
 
 
 def plain(job: Job) -> dict[str, Any]:
@@ -265,6 +266,7 @@ def check(jobs: Sequence[Job]) -> None:
         ValueError: An environment cannot be made, its spaces are not those of the algorithm, or a
             setting is out of its range.
     """
+    jobs = [job for job in jobs if job.algo in ALGORITHMS]  # cell 12's PPO has settings of its own
     for algo, env_id, wrap in dict.fromkeys((job.algo, job.env_id, job.wrap) for job in jobs):
         with closing(make_env(env_id, wrap)) as env:
             interface(env.observation_space, env.action_space, algo)

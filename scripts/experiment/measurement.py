@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,24 +25,30 @@ from torch import Tensor
 
 from agents.averaging import record_policy
 from agents.checkpoint import newest
+from agents.evaluation import Evaluation
 from agents.seeding import Purpose, evaluation_seeds
-from agents.training import TrainConfig, Training
+from agents.training import TrainConfig, Training, crossings
 from agents.versions import commit
-from polyak_rl import Ema
+from polyak_rl import Ema, PolicyAverages, Rule, TargetNetwork
 from polyak_rl.files import write_whole
 from scripts.experiment import life
 from scripts.experiment.jobs import Job, from_plain, plain
-from scripts.experiment.life import Run
 from scripts.experiment.locks import LOCK, Hold
 from scripts.experiment.paths import own_folder
 from scripts.experiment.run_folder import TABLE, RunFolder
 from scripts.experiment.schemes import LATE, SCHEMES
 
 Report = Callable[[int], None]
+SetUp = Callable[[Job, list[Path], Hold], "Measurement"]
 END = "finished.json"
 
 
-def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
+def set_up(job: Job, paths: list[Path], held: Hold) -> "Measurement":
+    """Set a job up at its last checkpoint, or else at its first step."""
+    return resume(job, paths, held) or begin(job, paths, held)
+
+
+def run(job: Job, out: Path, report: Report = lambda step: None, set_up: SetUp = set_up) -> None:
     """Train a job's seeds and write a folder for each under `out`; do nothing where that is done.
 
     Args:
@@ -50,6 +56,7 @@ def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
         out: The folder of run folders; a try that was cut short there goes on, and one that another
             process makes is waited for.
         report: Called with the environment step after every thousandth of the run.
+        set_up: Readies a job whose folders are held.
     """
     paths = [out / name for name in job.run_names()]
     with ExitStack() as stack:
@@ -60,7 +67,7 @@ def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
             held.take(path, wait=True)
         if all(ending(path, job) for path in paths):
             return
-        measure = resume(job, paths, held) or begin(job, paths, held)
+        measure = set_up(job, paths, held)
         stack.callback(measure.run.close)
         measure.go(report)
         for folder in measure.run.folders:
@@ -71,16 +78,25 @@ def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
 
 def begin(job: Job, paths: list[Path], held: Hold) -> "Measurement":
     """Set a job up at its first step; what its folders held is removed."""
-    measure = Measurement(job)
+    training, averages = recorded(job)
     for path in paths:
-        for entry in path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != LOCK:
-                entry.unlink()
-    about = {"job": plain(job), "commit": commit(), "point": 0, "seconds": 0.0, "evaluating": 0.0}
-    measure.run = life.begin(measure.training, measure.averages, held, paths, about)
-    return measure
+        clear(path)
+    run = life.begin(training, averages, held, paths, beginning(job))
+    return Measurement(job, training, averages, run, training.agent.targets.get("actor"))
+
+
+def clear(folder: Path) -> None:
+    """Remove what a folder that is held has of an earlier try."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
+
+
+def beginning(job: Job) -> dict[str, Any]:
+    """What is known of a run at its first step."""
+    return {"job": plain(job), "commit": commit(), "point": 0, "seconds": 0.0, "evaluating": 0.0}
 
 
 def resume(job: Job, paths: list[Path], held: Hold) -> "Measurement | None":
@@ -90,16 +106,41 @@ def resume(job: Job, paths: list[Path], held: Hold) -> "Measurement | None":
         about = checkpoint.about
         if (about.get("job"), about.get("commit")) != (plain(job), commit()):
             return None
-        measure = Measurement(job)
-        parts = (measure.training, measure.averages, held, paths, checkpoint)
-        run = life.go_on(*parts, exact=True)
+        training, averages = recorded(job)
+        run = life.go_on(training, averages, held, paths, checkpoint, exact=True)
     except ValueError:
         return None
     if run is None:
         return None
-    measure.run = run
+    measure = Measurement(job, training, averages, run, training.agent.targets.get("actor"))
     measure.checkpoints = checkpoint.extra
     return measure
+
+
+def recorded(job: Job) -> tuple[Training, PolicyAverages]:
+    """The training of a job, and the averages that are kept of it."""
+    config = TrainConfig(
+        job.env_id,
+        job.steps(),
+        eval_every=0,  # `Measurement.at` evaluates
+        lr_decay=job.lr_decay,
+        lr_decay_until=job.lr_decay_until,
+        lr_floor=job.lr_floor,
+        device=job.device,
+        wrap=job.wrap,
+    )
+    training = Training(job.algo, job.agent_config(), config, job.seeds)
+    return training, record_policy(training, in_bank(training.total_updates), job.capacity)
+
+
+def in_bank(updates: int) -> dict[str, Rule]:
+    """The averages of a run of so many updates that are too fine for a timeline."""
+    return {name: rule for name, rule in rules(updates).items() if isinstance(rule, Ema)}
+
+
+def rules(updates: int) -> dict[str, Rule]:
+    """All averages of a run of so many updates, by scheme."""
+    return {name: each.rule(updates) for name, each in SCHEMES.items() if each.rule}
 
 
 def write_ending(folder: RunFolder, measure: "Measurement") -> None:
@@ -146,40 +187,77 @@ def count_rows(folder: Path) -> tuple[int, str]:
     return data.count(b"\n") - 1, hashlib.sha256(data).hexdigest()
 
 
+class Trains(Protocol):
+    """What is measured: an `agents.training.Training`, or another program's in this form."""
+
+    @property
+    def step(self) -> int:
+        """Environment steps taken."""
+        ...
+
+    @property
+    def updates(self) -> int:
+        """Gradient steps taken."""
+        ...
+
+    @property
+    def total_updates(self) -> int:
+        """Gradient steps of the whole run."""
+        ...
+
+    def advance(self) -> None:
+        """Go on by what cannot be divided."""
+        ...
+
+    def play(
+        self, states: Mapping[str, Mapping[str, Tensor]], episodes: NDArray[Any]
+    ) -> Mapping[str, Evaluation]:
+        """As `Training.play` does."""
+        ...
+
+
+class Kept(Protocol):
+    """Where a run is kept: a `life.Run`, or another in this form."""
+
+    about: dict[str, Any]
+    folders: list[RunFolder]
+
+    def try_to_save(self, extra: Mapping[str, Any]) -> None:
+        """Make sure of what was reached."""
+        ...
+
+    def close(self) -> None:
+        """Close environments and files."""
+        ...
+
+
 class Measurement:
     """Trains, and evaluates the schemes of a run at its points.
 
+    Args:
+        job: What is trained.
+        training: Trains it.
+        averages: What is recorded of its policy, with `in_bank` and a timeline.
+        run: Where it is kept.
+        target: The target network of the policy, where there is one.
+
     Attributes:
-        run: What is kept of it, set by `begin` and `resume`.
-        checkpoints: The weights [S, ...] of past iterates that wait for the end, by scheme.
+        checkpoints: The weights of past iterates that wait for the end, by scheme.
     """
 
-    run: Run
-
-    def __init__(self, job: Job) -> None:
-        total = job.steps()
-        config = TrainConfig(
-            job.env_id,
-            total,
-            eval_every=0,  # `at` evaluates
-            lr_decay=job.lr_decay,
-            lr_decay_until=job.lr_decay_until,
-            lr_floor=job.lr_floor,
-            device=job.device,
-            wrap=job.wrap,
-        )
-        self.job = job
-        self.training = training = Training(job.algo, job.agent_config(), config, job.seeds)
-        self.rules = {
-            scheme.name: scheme.rule(training.total_updates)
-            for scheme in SCHEMES.values()
-            if scheme.rule is not None
-        }
-        # Too fine for a timeline, which gives all others.
-        in_bank = {name: rule for name, rule in self.rules.items() if isinstance(rule, Ema)}
-        self.averages = record_policy(training, in_bank, job.capacity)
-        assert self.averages.timeline is not None
-        self.timeline = self.averages.timeline
+    def __init__(
+        self,
+        job: Job,
+        training: Trains,
+        averages: PolicyAverages,
+        run: Kept,
+        target: TargetNetwork | None = None,
+    ) -> None:
+        self.job, self.training, self.averages = job, training, averages
+        self.run, self.target = run, target
+        assert averages.timeline is not None
+        self.timeline = averages.timeline
+        self.rules = rules(training.total_updates)
         self.checkpoints: dict[str, dict[str, Tensor]] = {}
         self.common, self.other = (  # [S, E] each
             np.stack(
@@ -190,14 +268,13 @@ class Measurement:
 
     def go(self, report: Report) -> None:
         """Train from point to point, and write down what is measured and how long it took."""
-        job, total, about = self.job, self.job.steps(), self.run.about
+        job, training, about = self.job, self.training, self.run.about
         began, spent = time.perf_counter(), about["seconds"]
         for point in range(about["point"] + 1, job.points + 1):
-            until = total * point // job.points
-            while self.training.step < until:
-                self.training.advance()
-                if self.training.step % max(1, total // 1000) == 0:
-                    report(self.training.step)
+            while (before := training.step) < self.step(point):
+                training.advance()
+                if crossings(before, training.step, max(1, job.steps() // 1000)):
+                    report(training.step)
             paused = time.perf_counter()
             self.at(point)
             now = time.perf_counter()
@@ -205,6 +282,10 @@ class Measurement:
             about |= {"point": point, "seconds": spent + now - began}
             if point < job.points:
                 self.run.try_to_save(self.checkpoints)
+
+    def step(self, point: int) -> int:
+        """The environment step of a point."""
+        return self.job.steps() * point // self.job.points
 
     def at(self, point: int) -> None:
         """Evaluate what is due at a point, 1 to `points`, and write it down."""
@@ -214,28 +295,30 @@ class Measurement:
         self.timeline.max_weight_error = 0.05 if late else 1.0
         due = {"always", *["late"] * late, *["end"] * final}
         for scheme in SCHEMES.values():
-            if scheme.at is not None and scheme.at * job.points == 100 * point:
+            if scheme.is_checkpoint and scheme.until == 100 * point / job.points:
                 self.checkpoints[scheme.name] = self.averages.last()
             if scheme.when in due and (weights := self.weights(scheme.name)) is not None:
                 seeds = self.other if scheme.name == "placebo" else self.common
-                self._play(scheme.name, weights, seeds if final else seeds[:, : job.episodes])
+                seeds = seeds if final else seeds[:, : job.episodes]
+                self._play(self.step(point), scheme.name, weights, seeds)
 
     def weights(self, scheme: str) -> Mapping[str, Tensor] | None:
         """The policy's weights [S, ...] under a scheme, by name; None where there are none."""
         if scheme in ("last", "placebo"):
             return self.averages.last()
         if scheme == "target":
-            target = self.training.agent.targets.get("actor")
-            return dict(target.module.named_parameters()) if target else None
+            return dict(self.target.module.named_parameters()) if self.target else None
         if scheme in self.rules:
             in_bank = scheme in self.averages.rules
             return self.averages.average(scheme if in_bank else self.rules[scheme])
         return self.checkpoints.get(scheme)
 
-    def _play(self, scheme: str, weights: Mapping[str, Tensor], seeds: NDArray[Any]) -> None:
+    def _play(
+        self, step: int, scheme: str, weights: Mapping[str, Tensor], seeds: NDArray[Any]
+    ) -> None:
         result = self.training.play({scheme: weights}, seeds)[scheme]
         curve = SCHEMES[scheme].when != "end"
         for folder, returns, lengths in zip(
             self.run.folders, result.returns, result.lengths, strict=True
         ):
-            folder.evaluation(self.training.step, scheme, returns, lengths, curve=curve)
+            folder.evaluation(step, scheme, returns, lengths, curve=curve)

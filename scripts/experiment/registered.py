@@ -29,7 +29,7 @@ Place = tuple[int, str]  # of a cell: its number and its variant
 
 HEADROOM: list[Place] = [(1, ""), (2, ""), (3, "")]
 NULL: list[Place] = [(7, ""), (8, ""), (10, "")]
-PLAIN, DECAY, PPO = (1, ""), (5, "lr=decay75"), (12, "")
+PLAIN, DECAY = (1, ""), (5, "lr=decay75")
 TARGETS = [(6, f"target={kind}") for kind in ("hard:32", "none", "hard:512", "soft:0.0155")]
 RATES: dict[Place, float] = {PLAIN: 0.0} | {
     (cell.number, cell.changes["variant"]): math.log2(cell.changes["agent"]["learning_rate"] / RATE)
@@ -134,8 +134,6 @@ class Study:
             else:
                 said = f"{ended} of {cell.runs} runs have ended" if ended else "not run"
                 self.absent[place(cell)] = said
-        if strata and PPO not in map(place, CELLS):
-            self.absent[PPO] = "not run"
 
     def effect(self, build: Callable[..., Effect], *cells: Place) -> Effect | None:
         """What is made of the strata of these cells; None where one of them is missing."""
@@ -145,8 +143,8 @@ class Study:
 
     def title(self, key: Place) -> str:
         """As in "cell 4, DQN CartPole-v1 (lr=x2)"."""
-        names = {place(c): f"{c.algo.upper()} {c.env_id}" for c in CELLS}
-        name = names.get(key, "PPO LunarLander-v3")
+        (cell,) = (cell for cell in CELLS if place(cell) == key)
+        name = f"{cell.algo.upper()} {cell.env_id}"
         return f"cell {key[0]}, {name}" + f" ({key[1]})" * bool(key[1])
 
     def primary(self) -> dict[str, Effect]:
@@ -232,7 +230,7 @@ class Study:
             (9, ""): (-0.02, 0.03),
             (10, ""): (-0.05, -0.02),
             (11, ""): (0, 0.05),
-            PPO: (0, 0.05),
+            (12, ""): (0, 0.05),
         }
         for cell, (low, high) in said.items():
             about = f"tail25 - last, {self.title(cell)}"
@@ -321,14 +319,16 @@ def divide(strata: Sequence[Stratum]) -> tuple[dict[Key, Stratum], list[Stratum]
 
 
 def provenance() -> str:
-    """The commit that last changed the registration, and its SHA-256."""
+    """The commits that added the registration and last changed it, and its SHA-256."""
     digest = hashlib.sha256(REGISTRATION.read_bytes()).hexdigest()
-    return f"commit {commit_of(REGISTRATION)}, SHA-256 {digest}"
+    first, last = commit_of(REGISTRATION, "--diff-filter=A"), commit_of(REGISTRATION)
+    changed = f" (changes are listed at its end, the last of commit {last})" * (first != last)
+    return f"commit {first}{changed}, SHA-256 {digest}"
 
 
-def commit_of(path: Path) -> str:
-    """The commit that last changed a file of this repository."""
-    command = ["git", "log", "-1", "--format=%h", "--", path.name]
+def commit_of(path: Path, *options: str) -> str:
+    """The last commit that changed a file of this repository, by these options of `git log`."""
+    command = ["git", "log", "-1", *options, "--format=%h", "--", path.name]
     try:
         found = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -13,7 +13,7 @@ SPLITS = 200
 CANDIDATES: Mapping[Rule, list[str]] = {
     "windows": ["tail5", *(f"window{end}" for end in range(95, 50, -5))],
     "choose": [LAST.name, "target", *(name for name, scheme in SCHEMES.items() if scheme.rule)],
-    "checkpoints": [LAST.name, *(name for name, s in SCHEMES.items() if s.at is not None)],
+    "checkpoints": [LAST.name, *(name for name, s in SCHEMES.items() if s.is_checkpoint)],
 }
 
 Deal = Mapping[str, Floats]  # candidate -> returns in the order in which they are dealt out

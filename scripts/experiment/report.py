@@ -1,4 +1,4 @@
-"""The sections of the report, in order; each writes what the results allow."""
+"""The report: its sections in order, each of which writes what the results allow."""
 
 # ruff: noqa: RUF001  (the text has minus signs, dashes and Greek letters, and means them)
 
@@ -10,21 +10,24 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from scripts.experiment.analysis import FEWEST, Effect, adjust, contrast, gain, present
-from scripts.experiment.figures import STYLE, draw_curves, draw_dose, draw_forest, draw_shares
-from scripts.experiment.page import Page
-from scripts.experiment.registered import (
-    BUDGET,
-    CHOOSE,
-    HEADROOM,
-    Replay,
-    Rule,
-    Study,
-    commit_of,
-    divide,
-    provenance,
+from scripts.experiment.analysis import FEWEST, adjust, contrast, gain
+from scripts.experiment.figures import (
+    CURVES,
+    DOSE,
+    FOREST,
+    SHARES,
+    STYLE,
+    dose_rows,
+    draw_curves,
+    draw_dose,
+    draw_forest,
+    draw_shares,
 )
-from scripts.experiment.schemes import LAST, PLACEBO, PRIMARY
+from scripts.experiment.literature import LITERATURE
+from scripts.experiment.page import Page
+from scripts.experiment.registered import Replay, Study, divide
+from scripts.experiment.registered_report import RegisteredReport
+from scripts.experiment.schemes import LAST, PRIMARY
 from scripts.experiment.tidy import (
     SCALES,
     Key,
@@ -40,10 +43,15 @@ from scripts.experiment.tidy import (
 )
 from scripts.experiment.wording import (
     INDICATIVE,
+    JUDGED,
+    OVERVIEW,
+    OVERVIEW_NOTE,
     counts,
     interval,
+    judged,
     listing,
     number,
+    overview,
     p_value,
     plain,
     says,
@@ -143,7 +151,7 @@ class Report:
     def write(self, about: Mapping[str, Any]) -> None:
         """All sections."""
         if self.study.absent or self.study.cells:
-            self.registered(about)
+            RegisteredReport(self.page, self.study).write(about)
         if self.others:
             self.findings()
         if self.study.cells:
@@ -153,159 +161,8 @@ class Report:
         self.schemes()
         self.runs(about)
         self.method()
-
-    # --- the registered study --------------------------------------------------------------------
-
-    def registered(self, about: Mapping[str, Any]) -> None:
-        """What the registration asked, in its order."""
-        page, study = self.page, self.study
-        primary = study.primary()
-        if primary:
-            effect = next(iter(primary.values()))
-            names = listing([plain(study.cells[cell].name) for cell in HEADROOM])
-            page.finding(
-                "Shipping the average of the last quarter of the run (tail25) in place of the last"
-                f" iterate: **{says(effect, effect.p)}**, {interval(effect.interval)} in normalised"
-                f" score, the mean over {names} ({effect.runs} runs, 95 % interval, sign-flip p"
-                f" {p_value(effect.p)}): the one registered primary test."
-            )
-        else:
-            page.finding("The registered primary test cannot be made: a cell of it has not ended.")
-        page.text(
-            f"Registered in `scripts/results/registration.md`, {provenance()}. The runs are of"
-            f" commit {plain(about.get('commit', 'unknown'))}. What stands under “Registered” was"
-            " fixed there; all else is exploratory."
-        )
-        absent = [f"{study.title(key)}: {why}" for key, why in study.absent.items()]
-        page.text("Registered and not in this report:" if absent else "All registered cells ended.")
-        page.bullets([plain(text) for text in absent])
-
-        page.heading("Registered: the primary test")
-        page.table(
-            ["tail25 − last", "runs", "mean", "interquartile mean", "better / tied / worse", "p"],
-            [
-                [
-                    plain(name),
-                    str(effect.runs),
-                    interval(effect.interval),
-                    number(effect.iqm, sign=True),
-                    counts(effect),
-                    p_value(effect.p) if i == 0 else "",
-                ]
-                for i, (name, effect) in enumerate(primary.items())
-            ],
-        )
-        page.text(
-            "Equal weights over the cells; t intervals by Satterthwaite; p by 100 000 sign flips of"
-            " whole runs within cells (all where there are fewer). What has no p was registered"
-            " to be shown without a test."
-        )
-        self.predictions()
-        self.family()
-        self.cells()
-        self.budgets()
-
-    def predictions(self) -> None:
-        """What was predicted beside what came out, failures first."""
-        self.page.heading("Registered: predictions, failures first")
-        self.page.table(
-            ["", "predicted", "found", "outcome"],
-            [
-                [
-                    plain(p.about),
-                    predicted(p.low, p.high),
-                    interval(p.effect.interval) if p.effect else "–",
-                    f"**{p.outcome}**" if p.outcome == "failed" else p.outcome,
-                ]
-                for p in self.study.predictions()
-            ],
-        )
-        self.page.text(
-            "Failed: the 95 % interval (not adjusted) excludes all that was predicted. Held: the"
-            " estimate lies in the range that was predicted; where 0 was predicted, no difference"
-            " that matters; where a direction was, the interval excludes 0. What was predicted is"
-            " registered, the rule for these words is not."
-        )
-
-    def family(self) -> None:
-        """The secondary tests with Holm's p."""
-        self.page.heading("Registered: the secondary family")
-        rows = []
-        for test in self.study.secondary():
-            row = [f"{test.number}: {plain(test.about)}"]
-            if (effect := test.effect) is None:
-                row += ["cells not run" if test.computed else "not computed", *[""] * 5]
-            else:
-                row += [says(effect, test.p, *test.words), p_value(effect.p), p_value(test.p)]
-                row += [str(effect.runs), interval(effect.interval), counts(effect)]
-            rows.append(row)
-        names = ["", "finding", "p, not adjusted", "Holm's p", "runs", "mean"]
-        self.page.table([*names, "better / tied / worse"], rows)
-        self.page.text(
-            "Intervals are 95 %, not adjusted; the finding follows Holm's p. Where there is none,"
-            " no outcome of the untied runs could have been significant: the test was left out by"
-            " the number of ties alone. Test 4 is by t, the others by sign flips of whole runs,"
-            " within cells where there are several."
-        )
-
-    def cells(self) -> None:
-        """The gain in every cell, the placebo, and the gain against the wobble before."""
-        self.page.heading("Registered: every cell")
-        names = {key: self.study.title(key) for key in self.study.cells}
-        effects = {names[key]: gain(s) for key, s in self.study.cells.items()}
-        primary = next(iter(self.study.primary().values()), None)
-        if not effects:
-            return
-        self.page.table(
-            OVERVIEW,
-            [
-                [plain(names[key]), *overview(s, PRIMARY.name)]
-                for key, s in self.study.cells.items()
-            ],
-        )
-        self.page.text(
-            "Registered: difference, stopped late, placebo and SD within a run; the other columns"
-            f" are exploratory. No interval here is adjusted. {OVERVIEW_NOTE}"
-        )
-        self.page.figure("forest", draw_forest(effects, primary), FOREST)
-        self.dose({names[key]: s for key, s in self.study.cells.items()}, PRIMARY.name)
-
-    def dose(self, strata: Mapping[str, Stratum], scheme: str) -> None:
-        """The gain against how much the last iterate moved before, where that is known."""
-        rows = {
-            name: (s, effect)
-            for name, s in strata.items()
-            if s.scale
-            and (effect := gain(s, scheme=scheme)).runs
-            and present(s.wobble(LAST.name)).size
-        }
-        if len(rows) > 2:
-            self.page.figure("dose", draw_dose(rows), DOSE)
-
-    def budgets(self) -> None:
-        """What rules of choice are worth over always shipping tail25, by budget."""
-        if not self.study.chosen("choose", BUDGET):
-            return
-        self.page.heading("Registered: choosing on a budget of episodes")
-        rules: dict[Rule, str] = {
-            "windows": "best of ten windows, equal numbers",
-            "checkpoints": "best of last and five checkpoints, equal numbers",
-            "choose": "polyak_rl.choose among all, prior tail25",
-        }
-        budgets = (0, 5, 12, 36, 60, 120)
-        rows = []
-        for rule, about in rules.items():
-            worth = [self.study.chosen(rule, budget) for budget in budgets]
-            rows.append(
-                [plain(about), *(interval(Effect(tuple(map(present, x))).interval) for x in worth)]
-            )
-        self.page.table(["minus always tail25", *(f"{b} episodes" for b in budgets)], rows)
-        self.page.text(
-            "Mean over cells 1 to 3 in normalised score, 95 % t intervals, not adjusted. Chosen on"
-            " some of the final episodes, scored on the others, 200 random splits a run. Without a"
-            " number: too few episodes for so many candidates. Only 60 was registered to be"
-            f" tested. `polyak_rl.choose` is that of commit {commit_of(CHOOSE)}."
-        )
+        if self.study.cells:
+            self.literature()
 
     # --- all else --------------------------------------------------------------------------------
 
@@ -357,7 +214,9 @@ class Report:
             return
         if known:
             page.figure("forest", draw_forest(known, None), FOREST)
-        self.dose({s.name: s for s in self.others}, scheme)
+        moved = dose_rows({s.name: s for s in self.others}, scheme)
+        if len(moved) > 2:
+            page.figure("dose", draw_dose(moved), DOSE)
 
     def caveats(self) -> list[str]:
         """What a reader must know before the numbers."""
@@ -546,31 +405,19 @@ class Report:
             " most 1, about 90 % with exponential scores; bands 95 %, 89–91 % at a skewness of 1.",
         ])  # fmt: skip
 
+    def literature(self) -> None:
+        """What others have found."""
+        self.heading("What others have found")
+        self.page.text("What a work leaves open is said as far as its abstract or its code shows.")
+        for about, works in LITERATURE.items():
+            self.page.text(f"{about}:")
+            self.page.bullets([plain(work) for work in works])
+
     def heading(self, text: str) -> None:
         """A section, or a part of the exploratory one."""
         self.page.heading(text, 3 if self.study.cells else 2)
 
 
-OVERVIEW = (
-    "",
-    "runs",
-    "difference",
-    "last",
-    "averaged",
-    "stopped late",
-    "worst tenth",
-    "interquartile mean",
-    "placebo − last",
-    "SD within a run",
-    "better / tied / worse",
-)
-OVERVIEW_NOTE = (
-    "Means over runs, normalised where a scale is known, of the shipped weights; in the columns"
-    " from “stopped late” on, differences as well: of the runs stopped late, of the worst tenth"
-    " of the last point's episodes. Last and averaged: on episodes that both played. SD within a"
-    " run: of last at 55 to 75 % of it, before any endpoint."
-)
-JUDGED = ("difference", "stopped late", "worst tenth")
 RUNS = (
     "",
     "planned",
@@ -584,57 +431,6 @@ RUNS = (
     "hours in all",
     "of them evaluating",
 )
-FOREST = (
-    "Difference of the shipped weights' score, averaged minus last. Mean, 95 % interval. Grey:"
-    " within 0.2 standard deviations of last over runs, too small to matter. Hollow: too few runs"
-    " for an interval."
-)
-DOSE = (
-    "The difference of the shipped weights against how much last moved within a run before. The"
-    " standard deviation is over points from 55 to 75 % of the run, none of which is part of an"
-    " endpoint; mean over runs; 95 % intervals, not adjusted."
-)
-CURVES = (
-    "Learning curves of last and of the average of the run so far, and their paired difference."
-    " Means over runs; a band holds at all points at once with 95 %, and is paler where over half"
-    " of the runs have one value, as at a ceiling: there it holds less often. No band under five"
-    " runs."
-)
-SHARES = (
-    "Difference from last against how much of the run is averaged. Shipped weights, means with 95 %"
-    " intervals, not adjusted; hollow: too few runs. What is chosen here must be tested on other"
-    " seeds."
-)
-
-
-def judged(s: Stratum, scheme: str) -> list[str]:
-    """Differences from last: shipped, stopped late, and on the worst tenth of the episodes."""
-    endpoints = (Stratum.shipped, Stratum.late, Stratum.worst)
-    effects = [gain(s, scheme=scheme, endpoint=endpoint) for endpoint in endpoints]
-    return [interval(effect.interval, bool(s.scale)) if effect.runs else "–" for effect in effects]
-
-
-def overview(s: Stratum, scheme: str) -> list[str]:
-    """The cells of a stratum's row under `OVERVIEW`."""
-    known = bool(s.scale)
-    last, average = s.shipped(LAST.name, scheme), s.shipped(scheme, LAST.name)
-    both = np.isfinite(last + average)
-    effect = gain(s, scheme=scheme)
-    placebo = gain(s, scheme=PLACEBO.name)
-    alone = last[both] if both.any() else present(s.shipped(LAST.name))
-    difference, *more = judged(s, scheme)
-    moved = present(s.wobble(LAST.name))
-    return [
-        str(len(alone)),
-        difference,
-        number(float(alone.mean()), known) if alone.size else "–",
-        number(float(average[both].mean()), known) if both.any() else "–",
-        *more,
-        number(effect.iqm, known, sign=True) if effect.runs else "–",
-        interval(placebo.interval, known) if placebo.runs else "–",
-        number(float(moved.mean()), known) if moved.size else "–",
-        counts(effect) if effect.runs else "–",
-    ]
 
 
 def some(strata: Sequence[Stratum], most: int = 6) -> str:
@@ -647,13 +443,6 @@ def some(strata: Sequence[Stratum], most: int = 6) -> str:
 def counted(s: Stratum, runs: int) -> str:
     """As in "DQN CartPole-v1 (7 runs)"."""
     return f"{plain(s.name)} ({runs} run{'s' * (runs != 1)})"
-
-
-def predicted(low: float, high: float) -> str:
-    """As in "+0.10 to +0.20"."""
-    if np.isinf(high):
-        return f"above {low:g}"
-    return "about 0" if low == high == 0 else f"{low:+.2f} to {high:+.2f}".replace("-", "−")
 
 
 def common(runs: Sequence[Run]) -> dict[str, str]:

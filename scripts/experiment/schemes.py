@@ -21,7 +21,8 @@ class Scheme:
         label: In words.
         when: It is evaluated at every point, from `LATE` on, at the end of the run; or no more.
         rule: The average, for a run of so many updates; None: it is no average of the run.
-        at: The share of the run at which a checkpoint is taken, in per cent.
+        until: The share of the run at which a policy of its past ends, in per cent.
+        candidate: Whether one may ship it; the others say what shipping is worth.
         place: Its axis in the figure of the averages, and where it stands there, in per cent of the
             run.
     """
@@ -30,8 +31,14 @@ class Scheme:
     label: str
     when: When
     rule: Callable[[int], Rule] | None = None
-    at: int | None = None
+    until: int | None = None
+    candidate: bool = True
     place: tuple[Literal["tail", "ema"], float] | None = None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is an iterate of the past."""
+        return self.until is not None and self.rule is None
 
 
 def tail(percent: int, when: When) -> Scheme:
@@ -52,12 +59,15 @@ def window(percent: int) -> Scheme:
     """The uniform average of the 5 % of the run before a point, which stands for a checkpoint."""
     label = f"uniform from {percent - 5} to {percent} % of the run"
     ends = (percent - 5) / 100, percent / 100
-    return Scheme(f"window{percent}", label, "end", lambda updates: Between(*ends))
+    rule = lambda updates: Between(*ends)  # noqa: E731
+    return Scheme(f"window{percent}", label, "end", rule, until=percent)
 
 
 def checkpoint(percent: int) -> Scheme:
     """The iterate at a point of the run."""
-    return Scheme(f"checkpoint{percent}", f"iterate at {percent} % of the run", "end", at=percent)
+    return Scheme(
+        f"checkpoint{percent}", f"iterate at {percent} % of the run", "end", until=percent
+    )
 
 
 def table(*schemes: Scheme) -> dict[str, Scheme]:
@@ -68,7 +78,7 @@ def table(*schemes: Scheme) -> dict[str, Scheme]:
 LAST = Scheme("last", "last iterate", "always")
 PRIMARY = tail(25, "always")
 TARGET = Scheme("target", "the target actor", "late")
-PLACEBO = Scheme("placebo", "placebo: last iterate, other episodes", "end")
+PLACEBO = Scheme("placebo", "placebo: last iterate, other episodes", "end", candidate=False)
 
 SCHEMES = table(
     LAST,
@@ -94,7 +104,7 @@ SCHEMES = table(
 SHIPPABLE = [
     scheme
     for scheme in SCHEMES.values()
-    if scheme.at is None and scheme.name != "all" and scheme is not PLACEBO
+    if scheme.candidate and not scheme.is_checkpoint and scheme.name != "all"
 ]
 """What `scripts.ship` chooses among; windows stand for checkpoints, of which no files are kept."""
 
@@ -107,9 +117,19 @@ KNOWN = SCHEMES | table(
         for gamma in (6.94, 16.97)
     ),
     Scheme("lawa", "LAWA, 5 snapshots of the last 5 %", "never"),
-    Scheme("best", "best of 20 checkpoints, a baseline that spends 480 episodes", "never"),
+    Scheme(
+        "best",
+        "best of 20 checkpoints, a baseline that spends 480 episodes",
+        "never",
+        candidate=False,
+    ),
     *(
-        Scheme(f"line{x:g}", f"on the line through last (0) and tail50 (1), at {x:g}", "never")
+        Scheme(
+            f"line{x:g}",
+            f"on the line through last (0) and tail50 (1), at {x:g}",
+            "never",
+            candidate=False,
+        )
         for x in (-0.5, 0, 0.25, 0.5, 0.75, 1, 1.5)
     ),
 )

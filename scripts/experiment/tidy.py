@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import lzma
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -172,30 +173,32 @@ def result_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"results must be a CSV file or a folder of them, got {path}: no such")
-        found = [path] if path.is_file() else [*path.rglob("*.csv"), *path.rglob("*.csv.gz")]
+        endings = ("*.csv", "*.csv.gz", "*.csv.xz")
+        found = [path] if path.is_file() else [f for ending in endings for f in path.rglob(ending)]
         files += sorted(f for f in found if not f.name.startswith("runs.csv"))
     if not paths:
         raise ValueError("give results: CSV files, or folders of them")
     if not files:
-        raise ValueError(f"expected .csv or .csv.gz files, found none in {[*map(str, paths)]}")
+        said = [*map(str, paths)]
+        raise ValueError(f"expected .csv, .csv.gz or .csv.xz files, found none in {said}")
     return list(dict.fromkeys(files))
 
 
 def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file, packed where its name ends in .gz, each with its place.
+    """The rows of a CSV file, packed where its name ends in .gz or .xz, each with its place.
 
     Raises:
         ValueError: The file is no table.
     """
     try:
-        opened = gzip.open if path.suffix == ".gz" else open
+        opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
         with cast(TextIO, opened(path, "rt", encoding="utf-8", newline="")) as lines:
             rows = csv.DictReader(lines)
             if missing := [c for c in COLUMNS if c not in (rows.fieldnames or [])]:
                 raise ValueError(f"{path}: expected the columns {COLUMNS}, missing {missing}")
             for row in rows:
                 yield f"{path}, line {rows.line_num}", row
-    except (csv.Error, UnicodeError, EOFError, OSError, zlib.error) as error:
+    except (csv.Error, UnicodeError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path}: cannot be read as a table, {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""Numbers and names in words."""
+"""Numbers, names and the rows of tables in words."""
 
 # ruff: noqa: RUF001  (the text has minus signs, dashes and Greek letters, and means them)
 
@@ -8,10 +8,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scripts.experiment.analysis import Effect
+from scripts.experiment.analysis import Effect, gain, present
+from scripts.experiment.schemes import LAST, PLACEBO
 from scripts.experiment.stats import Interval
+from scripts.experiment.tidy import Stratum
 
 INDICATIVE = 10  # runs: with fewer a word is said to be indicative
+
+OVERVIEW = (
+    "",
+    "runs",
+    "difference",
+    "last",
+    "averaged",
+    "stopped late",
+    "worst tenth",
+    "interquartile mean",
+    "placebo − last",
+    "SD within a run",
+    "better / tied / worse",
+)
+OVERVIEW_NOTE = (
+    "Means over runs, normalised where a scale is known, of the shipped weights; in the columns"
+    " from “stopped late” on, differences as well: of the runs stopped late, of the worst tenth"
+    " of the last point's episodes. Last and averaged: on episodes that both played. SD within a"
+    " run: of last at 55 to 75 % of it, before any endpoint."
+)
+JUDGED = ("difference", "stopped late", "worst tenth")
 
 
 def plain(text: object) -> str:
@@ -66,3 +89,33 @@ def span(names: Sequence[str]) -> str:
         if numbers == list(range(numbers[0], numbers[-1] + 1)):
             return f"{numbers[0]}–{numbers[-1]}"
     return ", ".join(map(plain, names))
+
+
+def judged(s: Stratum, scheme: str) -> list[str]:
+    """Differences from last: shipped, stopped late, and on the worst tenth of the episodes."""
+    endpoints = (Stratum.shipped, Stratum.late, Stratum.worst)
+    effects = [gain(s, scheme=scheme, endpoint=endpoint) for endpoint in endpoints]
+    return [interval(effect.interval, bool(s.scale)) if effect.runs else "–" for effect in effects]
+
+
+def overview(s: Stratum, scheme: str) -> list[str]:
+    """The cells of a stratum's row under `OVERVIEW`."""
+    known = bool(s.scale)
+    last, average = s.shipped(LAST.name, scheme), s.shipped(scheme, LAST.name)
+    both = np.isfinite(last + average)
+    effect = gain(s, scheme=scheme)
+    placebo = gain(s, scheme=PLACEBO.name)
+    alone = last[both] if both.any() else present(s.shipped(LAST.name))
+    difference, *more = judged(s, scheme)
+    moved = present(s.wobble(LAST.name))
+    return [
+        str(len(alone)),
+        difference,
+        number(float(alone.mean()), known) if alone.size else "–",
+        number(float(average[both].mean()), known) if both.any() else "–",
+        *more,
+        number(effect.iqm, known, sign=True) if effect.runs else "–",
+        interval(placebo.interval, known) if placebo.runs else "–",
+        number(float(moved.mean()), known) if moved.size else "–",
+        counts(effect) if effect.runs else "–",
+    ]

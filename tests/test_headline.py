@@ -1,0 +1,130 @@
+"""The five sentences follow the tests of a study whose truth is known."""
+
+# ruff: noqa: RUF001  (the report's minus signs)
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+
+from scripts.experiment.analysis import Effect
+from scripts.experiment.headline import VERBS, headline, place
+from scripts.experiment.literature import LITERATURE, POLICIES
+from scripts.experiment.registered import Study
+from scripts.experiment.study import CELLS
+from tests.test_report import SPREAD, registered
+
+GAINS = {1: 0.15, 2: 0.1, 3: 0.2}
+
+
+def study(cells=CELLS, gains=GAINS, replay=None):
+    """One whose cells gain so much, each run a little more or less."""
+    strata = {}
+    for cell in cells:
+        s = registered(cell)
+        if cell.changes.get("total_steps"):
+            s.steps[:] *= cell.changes["total_steps"] / s.steps[-1]
+        elif cell.env_id == "Pendulum-v1":
+            s.steps[:] *= 20_000 / s.steps[-1]
+        low, high = s.scale
+        n = len(s.runs)
+        last = low + (high - low) * np.linspace(0.2, 0.8, n)
+        own = gains.get(cell.number, 0) + 0.01 * np.resize([1, -1], n)
+        for name, score in (("last", last), ("tail25", last + (high - low) * own)):
+            s.scores[name][:] = score[:, None]
+            s.final[name] = score[:, None]
+        s.scores["target"], s.final["target"] = s.scores["last"], s.final["last"]
+        s = dataclasses.replace(s, variant=cell.changes.get("variant", ""))
+        strata[s.key] = s
+    return Study(strata, [], replay)
+
+
+def test_a_study_that_found_what_is_true_says_so_in_five_sentences():
+    replay = {"windows": -0.05, "choose": 0.0, "checkpoints": -0.1}
+    found = headline(study(replay=lambda returns, rule, budget: replay[rule] + 0.001 * SIGNS))
+    assert len(found) == 5
+    first, second, third, fourth, fifth = found
+    assert first.startswith(
+        "Over DQN CartPole-v1, DQN LunarLander-v3 and DDPG Hopper-v5, shipping the average of the"
+        " last quarter of the run (tail25) **was better than** shipping the last iterate: +0.150 ["
+    )
+    assert "60 runs, 95 % interval, sign-flip p < 0.001" in first
+    assert "without one of the three, +0.125 to +0.175" in first
+    assert "**better** (+0.150 [+0.145, +0.155]) in cell 1, DQN CartPole-v1" in second
+    assert "**above 0, indicative** (+0.150 [" in second  # of eight runs in cell 10
+    assert re.search(r"\(there [+−]0\.000 \[", second)
+    assert "ten windows of 5 % against always tail25 came out as **worse** (−0.050" in third
+    assert (
+        "choose among all against always tail25 as **no difference that matters** (+0.000" in third
+    )
+    assert "five checkpoints as **better** (+0.100" in third
+    assert "decaying learning rate came out as **worse** (−0.150" in fourth
+    assert "target actor as **worse** (−0.200" in fourth
+    assert "without decay minus with it as **above 0** (+0.150" in fourth
+    assert fifth.endswith("cells that are missing: none; runs that crashed: 0.")
+
+
+SIGNS = np.resize([1, -1], 20)
+
+
+def test_the_sign_of_a_finding_turns_its_words():
+    first, second, *_ = headline(study(gains={n: -x for n, x in GAINS.items()}))
+    assert "**was worse than** shipping the last iterate: −0.150" in first
+    assert "**below 0, indicative** (−0.150" in second
+    nothing, *_ = headline(study(gains={}))
+    assert "**made no difference that matters to** shipping the last iterate: " in nothing
+
+
+def test_what_was_not_run_is_said_where_it_would_stand():
+    *_, second, third, fourth, fifth = headline(study(CELLS[:3]))
+    assert "headroom minus the cells where none was expected as not run." in second
+    assert third.count("not computed") == 3
+    assert fourth.count("not run") == 4
+    assert "target actor as **worse**" in fourth
+    assert "cells that are missing: cell 4 (lr=x0.25), cell 4 (lr=x0.5)," in fifth
+    assert headline(study(CELLS[:2])) == [
+        "The registered primary test cannot be made: a cell of it has not ended."
+    ]
+
+
+def test_predictions_that_failed_are_named():
+    *_, fifth = headline(study(gains={**GAINS, 2: 0.3}))
+    assert "failed (tail25 - last, cell 2, DQN LunarLander-v3" in fifth
+    *_, fifth = headline(study(CELLS[:3]))
+    # of tail25 in three cells, and of the target actor
+    assert fifth.startswith("Of 4 predictions that can be judged 0 failed and 4 held;")
+
+
+@pytest.mark.parametrize(
+    ("effect", "p"),
+    [
+        (Effect((0.3 + 0.1 * SPREAD,), margin=0.02), 0.01),
+        (Effect((-0.3 + 0.1 * SPREAD,), margin=0.02), 0.01),
+        (Effect((0.3 + 0.1 * SPREAD,), margin=0.02), 0.06),
+        (Effect((0.001 + 0.01 * SPREAD,), margin=0.02), 0.5),
+        (Effect((0.001 + 0.01 * SPREAD,), margin=0.02, ceiling=True), 0.5),
+        (Effect((np.ones(4),), margin=0.02), math.nan),
+    ],
+)
+def test_every_word_has_a_verb(effect, p):
+    assert effect.word(p) in VERBS
+
+
+def test_the_literature_is_named_once_and_can_be_found():
+    works = [work for group in LITERATURE.values() for work in group]
+    assert len({work.title for work in works}) == len(works)
+    for work in works:
+        assert 1946 <= work.year <= 2026
+        assert any(c.isdigit() for c in work.place)
+        assert str(work).count("..") == str(work).count("?.") == 0
+        assert work.said.endswith(".")
+    for group in LITERATURE.values():
+        assert [work.year for work in group] == sorted(work.year for work in group)
+    assert [work.short for work in POLICIES[:2]] == [
+        "Nikishin et al. 2018",
+        "Schwarzer et al. 2023",
+    ]
+    assert all(work.short in place() for work in POLICIES)
+    assert {work.short for work in works} >= {"Holm 1979", "Polyak and Juditsky 1992"}
