@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from polyak_rl import PolicyAverages
 from scripts.enjoy import VIDEOS, drawn_env, record
-from scripts.experiment import life
+from scripts.experiment import life, tracking
 from scripts.experiment.finished import read
 from scripts.experiment.life import Run
 from scripts.experiment.locks import Hold
@@ -93,6 +93,8 @@ class Options(Generic[AgentConfig]):
     unseen"""
     video: bool = False
     """record an episode of the final policy, or of what is shipped"""
+    track: Literal["wandb"] | None = None
+    """follow the run in Weights & Biases too, where wandb is installed; WANDB_MODE=offline: here"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +119,16 @@ def command(argv: Sequence[str]) -> int:
     print(describe_preset(run.algo, options.run.env_id))
     if line := flattened(run.training.envs):
         print(line)
+    code = 1
+    try:
+        code = train_or_explain(run, options)
+    finally:
+        tracking.end(code)
+    return code
+
+
+def train_or_explain(run: Run, options: Options[Any]) -> int:
+    """Train, and say what went wrong if it did; returns the exit code."""
     with closed_in_the_end(run):
         try:
             return train(run, options)
@@ -305,11 +317,16 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
         raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
     if options.video:
         drawn_env("rgb_array", options.run.env_id, options.run.wrap).close()
+    seeds = chosen_seeds(options)
+    if options.track:
+        tracking.require_wandb()
+        if len(seeds) > 1:
+            raise ValueError("--track follows one seed: start one process each")
     if options.ship is not None and not options.averages:
         raise ValueError("ship chooses among averages: it cannot be with no-averages")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    training = Training(algo, options.agent, options.run, chosen_seeds(options))
+    training = Training(algo, options.agent, options.run, seeds)
     if options.ship is not None:
         require_enough(options.ship, "actor" in training.agent.targets)
     if not options.averages:
@@ -334,6 +351,8 @@ def set_up(algo: str, options: Options[Any]) -> tuple[Run, Options[Any]]:
                 held.take(paths[-1])
             values = dataclasses.asdict(options) | {"runs_dir": str(options.runs_dir)}
             about = {"algo": algo, "options": values}
+            if options.track:
+                tracking.begin(paths[0], described(algo, options))
             replay = options.checkpoint_replay
             run = life.begin(training, averages, held, paths, about, replay=replay)
             stack.callback(run.close)
@@ -378,6 +397,8 @@ def resume(path: Path, *, trust: bool = False) -> tuple[Run, Options[Any]] | Non
             require_trusted(name, path, trust=trust)
         resolve_device(options.run.device)
         training, averages = build(algo, options)
+        if options.track:
+            tracking.begin(path, described(algo, options))
         parts = (training, averages, held, paths, checkpoint, notes)
         run = life.go_on(*parts, replay=options.checkpoint_replay)
         assert run is not None
@@ -386,6 +407,12 @@ def resume(path: Path, *, trust: bool = False) -> tuple[Run, Options[Any]] | Non
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
     return run, options
+
+
+def described(algo: str, options: Options[Any]) -> dict[str, Any]:
+    """The hyper-parameters of one seed's run, by name."""
+    run, agent = dataclasses.asdict(options.run), dataclasses.asdict(options.agent)
+    return {"algo": algo, "seed": chosen_seeds(options)[0]} | run | agent
 
 
 def recorded(about: dict[str, Any]) -> tuple[str, Options[Any]]:
