@@ -46,6 +46,7 @@ from scripts.experiment import life, tracking
 from scripts.experiment.finished import read
 from scripts.experiment.life import Run
 from scripts.experiment.locks import Hold
+from scripts.experiment.room import require_room, size
 from scripts.experiment.run_folder import new_run_folder
 from scripts.experiment.shipping import require_enough, ship
 from scripts.experiment.terminal import unfailing_output, whole_numbers
@@ -340,21 +341,24 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
 def set_up(algo: str, options: Options[Any]) -> tuple[Run, Options[Any]]:
     """Build everything that can be refused; the run's folder is made last."""
     training, averages = build(algo, options)
+    root, keeps = options.runs_dir.expanduser(), size(training, averages)
+    replay = keeps.replay if options.checkpoint_replay else 0
+    less = "fewer --segments" + f" or --no-checkpoint-replay ({replay >> 20:,} MiB)" * (replay > 0)
+    require_room(root, replay + keeps.state + keeps.end, f"give another --runs-dir, {less}")
     paths: list[Path] = []
     with ExitStack() as stack:
         held = stack.enter_context(closing(Hold()))
         try:
             for seed in training.seeds:
                 env_id = options.run.env_id
-                root = options.runs_dir.expanduser()
                 paths.append(new_run_folder(root, env_id, algo, seed))
                 held.take(paths[-1])
             values = dataclasses.asdict(options) | {"runs_dir": str(options.runs_dir)}
             about = {"algo": algo, "options": values}
             if options.track:
                 tracking.begin(paths[0], described(algo, options))
-            replay = options.checkpoint_replay
-            run = life.begin(training, averages, held, paths, about, replay=replay)
+            kept = options.checkpoint_replay
+            run = life.begin(training, averages, held, paths, about, replay=kept)
             stack.callback(run.close)
             run.save()  # from here on the run can be resumed
         except (ValueError, OSError):
