@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import tyro
@@ -32,14 +33,25 @@ from scripts.experiment.room import require_room, size_of_jobs
 from scripts.experiment.terminal import unfailing_output, whole_numbers
 
 
+@dataclass(frozen=True)
+class OfNoAlgorithm(Options[Any]):
+    """Options without those of an algorithm, which was not named."""
+
+    agent: tyro.conf.Suppress[None] = None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, which nothing that is printed can change."""
     with unfailing_output():
         prog = "python -m scripts.compare"
         words = whole_numbers(sys.argv[1:] if argv is None else argv)
         default = defaults(words)
+        if default.agent is None and any(word.startswith("--agent.") for word in words):
+            known = ", ".join(ALGORITHMS)
+            print(f"error: --agent.* needs --algo, which is one of {known}", file=sys.stderr)
+            return 2
         agent: Any = type(default.agent)
-        kind: Any = cast(Any, Options)[agent]
+        kind: Any = OfNoAlgorithm if default.agent is None else cast(Any, Options)[agent]
         return command(
             tyro.cli(
                 kind,
@@ -59,7 +71,7 @@ def defaults(words: Sequence[str]) -> Options[Any]:
     scan.add_argument("--env-id", "--env_id", default="")
     known, _ = scan.parse_known_args(words)
     agent = preset(known.algo, known.env_id)[0] if known.algo in ALGORITHMS else None
-    return Options(agent=agent)
+    return Options(agent=agent) if agent else OfNoAlgorithm()
 
 
 def command(options: Options[Any]) -> int:
