@@ -28,6 +28,7 @@ from agents.presets import ALGORITHMS, preset
 from scripts.experiment.baseline import EPISODES, random_score
 from scripts.experiment.driver import execute, finished
 from scripts.experiment.jobs import Job, Options, check, plan
+from scripts.experiment.paths import make_folder
 from scripts.experiment.results import collect
 from scripts.experiment.room import require_room, size_of_jobs
 from scripts.experiment.terminal import unfailing_output, whole_numbers
@@ -84,7 +85,7 @@ def command(options: Options[Any]) -> int:
         missing = [job for job in jobs if not finished(job, options.out)]
         needed = size_of_jobs(missing, options.workers, options.out / "runs")
         require_room(options.out, needed, "make room, or give another --out or fewer --workers")
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         if options.ray is not None:
             importlib.import_module("scripts.experiment.cluster")  # not only when it is needed
     except (ValueError, OSError, ImportError, EnvironmentFault) as error:

@@ -316,6 +316,8 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
     """The training of a command line, and its averages as schemes of evaluation."""
     if options.checkpoint_every < 0:
         raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
+    if options.segments is not None and (options.segments < 2 or options.segments % 2):
+        raise ValueError(f"segments must be even and at least 2, got {options.segments}")
     if options.video:
         drawn_env("rgb_array", options.run.env_id, options.run.wrap).close()
     seeds = chosen_seeds(options)

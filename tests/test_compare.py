@@ -206,6 +206,7 @@ def test_finished_runs_are_not_done_again_and_other_settings_are_refused(tmp_pat
         ("--algo sac --env-id CartPole-v1", "sac needs actions in a one-dimensional Box"),
         ("--algo sac --env-id Pendulum-v1 --total-steps 60", "learning starts after 100 steps"),
         ("--algo dqn --env-id CartPole-v1 --seeds 0", "seeds must be at least 1, got 0"),
+        ("--algo dqn --env-id CartPole-v1 --first-seed -4", "first-seed must be at least 0"),
         ("--agent.gamma 0.9 --env-id CartPole-v1", "--agent.* needs --algo, which is one of dqn"),
     ],
 )

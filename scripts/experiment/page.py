@@ -9,6 +9,8 @@ from typing import Any
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
+from scripts.experiment.paths import make_folder
+
 CSS = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, sans-serif; color: #1a1a1a; background: #fff;
@@ -49,7 +51,7 @@ class Page:
 
     def __init__(self, title: str, out: Path) -> None:
         self.title, self.out = title, out
-        (out / "figures").mkdir(parents=True, exist_ok=True)
+        make_folder(out / "figures")
         self.parts = [f"# {title}"]
         self.pictures: dict[str, str] = {}  # file -> what the HTML shows in its place
 
