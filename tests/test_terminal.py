@@ -86,3 +86,20 @@ def test_the_exit_code_of_a_process_survives_its_last_flush(where):
             command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
         root = Path(__file__).parent.parent
         assert subprocess.run(command, stdout=out, stderr=out, cwd=root).returncode == 7
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "draw_rules"])
+def test_a_package_that_is_missing_is_one_sentence_with_the_group_that_has_it(command, tmp_path):
+    absent = "raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')"
+    (tmp_path / "tyro.py").write_text(absent)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.{command}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: No module named 'tyro': pip install -c constraints.txt ")
+    assert done.stderr.count("\n") == 1
