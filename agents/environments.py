@@ -1,6 +1,7 @@
 """Environments: how they look to an agent, seeds of their episodes, and what they must return."""
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,7 +153,8 @@ def _own_models_are_no_news(env_id: str) -> Iterator[None]:
     Its other warnings are printed.
     """
     spec = gym.registry.get(env_id)
-    if spec is None or "gymnasium.envs.mujoco" not in str(spec.entry_point):
+    own = spec is not None and "gymnasium.envs.mujoco" in str(spec.entry_point)
+    if not own or importlib.util.find_spec("mujoco") is None:
         yield
         return
     mujoco = importlib.import_module("mujoco")

@@ -1,9 +1,10 @@
 """Room on the disk: what runs will leave there is estimated before they begin."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,8 +89,18 @@ def size_of_jobs(jobs: Sequence[Job], workers: int, out: Path) -> int:
                 replay, state, _ = size(measure.training, measure.averages)
             sizes[repr(alike)] = replay + state
         each.append(len(job.seeds) * sizes[repr(alike)])
-    begun = [path for job in jobs for name in job.run_names() for path in (out / name).rglob("*")]
-    return sum(sorted(each)[-workers:]) - sum(path.lstat().st_size for path in begun)
+    begun = sum(bytes_in(out / name) for job in jobs for name in job.run_names())
+    return sum(sorted(each)[-workers:]) - begun
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files in a folder, which somebody may be changing."""
+    total = 0
+    for base, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += Path(base, name).lstat().st_size
+    return total
 
 
 def require_room(folder: Path, needed: int, remedy: str) -> None:
