@@ -1,8 +1,10 @@
 """Environments: how they look to an agent, seeds of their episodes, and what they must return."""
 
 import importlib
+import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +129,8 @@ def make_env(env_id: str, wrap: Sequence[str] = (), **kwargs: Any) -> gym.Env[An
             screen = gym.make(env_id, disable_env_checker=True, frameskip=1, **kwargs)
             env: gym.Env[Any, Any] = FrameStackObservation(AtariPreprocessing(screen), stack_size=4)
         else:
-            env = gym.make(env_id, disable_env_checker=True, **kwargs)
+            with _own_models_are_no_news(env_id):
+                env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         atari = "; pip install -c constraints.txt --group atari"
         extra = atari if env_id.startswith("ALE/") else ""
@@ -141,6 +144,31 @@ def make_env(env_id: str, wrap: Sequence[str] = (), **kwargs: Any) -> gym.Env[An
     for name in wrap:
         env = _wrapped(env, name)
     return FlattenObservation(env) if _to_flatten(env.observation_space) else env
+
+
+@contextmanager
+def _own_models_are_no_news(env_id: str) -> Iterator[None]:
+    """Keeps MuJoCo from deprecating a line of Gymnasium's own models each time that one is read.
+
+    Its other warnings are printed.
+    """
+    spec = gym.registry.get(env_id)
+    own = spec is not None and "gymnasium.envs.mujoco" in str(spec.entry_point)
+    if not own or importlib.util.find_spec("mujoco") is None:
+        yield
+        return
+    mujoco = importlib.import_module("mujoco")
+    before = mujoco.get_mju_user_warning()
+
+    def warn(text: str) -> None:
+        if "settotalmass" not in text:
+            print(f"WARNING: {text}", file=sys.stderr)
+
+    mujoco.set_mju_user_warning(warn)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 def _class_hint(env_id: str) -> str:

@@ -215,6 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = tyro.cli(Options, args=argv, prog="python -m scripts.allocation", description=__doc__)
     try:
+        if options.splits < 1:
+            raise ValueError(f"splits must be at least 1, got {options.splits}")
         groups = grouped(read(result_files(options.results)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,6 +33,7 @@ from scripts.bench_cases.steps import many_seeds, steps
 from scripts.bench_cases.tables import machine, to_json, to_markdown
 from scripts.bench_cases.timing import Bench, Clock, pinned
 from scripts.bench_cases.updates import growing, updates
+from scripts.experiment.paths import make_folder
 
 Section = Literal["gpu", "updates", "steps", "scaling", "averaging", "memory", "loops"]
 # In the order in which they are measured: where minutes are few, the loops are cut.
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m scripts.bench", description=__doc__)
     try:
         chosen = check(options)
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import tyro
@@ -27,8 +28,17 @@ from agents.presets import ALGORITHMS, preset
 from scripts.experiment.baseline import EPISODES, random_score
 from scripts.experiment.driver import execute, finished
 from scripts.experiment.jobs import Job, Options, check, plan
+from scripts.experiment.paths import make_folder
 from scripts.experiment.results import collect
+from scripts.experiment.room import require_room, size_of_jobs
 from scripts.experiment.terminal import unfailing_output, whole_numbers
+
+
+@dataclass(frozen=True)
+class OfNoAlgorithm(Options[Any]):
+    """Options without those of an algorithm, which was not named."""
+
+    agent: tyro.conf.Suppress[None] = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog = "python -m scripts.compare"
         words = whole_numbers(sys.argv[1:] if argv is None else argv)
         default = defaults(words)
+        if default.agent is None and any(word.startswith("--agent.") for word in words):
+            known = ", ".join(ALGORITHMS)
+            print(f"error: --agent.* needs --algo, which is one of {known}", file=sys.stderr)
+            return 2
         agent: Any = type(default.agent)
-        kind: Any = cast(Any, Options)[agent]
+        kind: Any = OfNoAlgorithm if default.agent is None else cast(Any, Options)[agent]
         return command(
             tyro.cli(
                 kind,
@@ -58,7 +72,7 @@ def defaults(words: Sequence[str]) -> Options[Any]:
     scan.add_argument("--env-id", "--env_id", default="")
     known, _ = scan.parse_known_args(words)
     agent = preset(known.algo, known.env_id)[0] if known.algo in ALGORITHMS else None
-    return Options(agent=agent)
+    return Options(agent=agent) if agent else OfNoAlgorithm()
 
 
 def command(options: Options[Any]) -> int:
@@ -68,8 +82,10 @@ def command(options: Options[Any]) -> int:
         jobs = plan(options)
         check(jobs)
         scores = scale(options)
-        options.out.mkdir(parents=True, exist_ok=True)
         missing = [job for job in jobs if not finished(job, options.out)]
+        needed = size_of_jobs(missing, options.workers, options.out / "runs")
+        require_room(options.out, needed, "make room, or give another --out or fewer --workers")
+        make_folder(options.out)
         if options.ray is not None:
             importlib.import_module("scripts.experiment.cluster")  # not only when it is needed
         if any(job.algo == "ppo" for job in missing):

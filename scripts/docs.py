@@ -16,6 +16,7 @@ import tyro
 from scripts.documentation.links import broken_links
 from scripts.documentation.pages import build_pages
 from scripts.documentation.reference import build_reference
+from scripts.experiment.paths import make_folder
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = tyro.cli(Options, args=argv, prog="python -m scripts.docs", description=__doc__)
     try:
-        options.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(options.folder)
         build_reference(options.folder)
         build_pages(options.folder)
     except OSError as error:

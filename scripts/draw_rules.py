@@ -13,6 +13,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from polyak_rl import parse_rule
+from scripts.experiment.paths import make_folder
 
 UPDATES = 2_000
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m scripts.draw_rules", description=__doc__)
     try:
         figure = draw(options.rule or DEFAULT)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.out.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"out must end in .png, .svg or .pdf, got {options.out}")
+        make_folder(options.out.parent)
         figure.savefig(options.out, dpi=200)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -138,6 +138,7 @@ def drawn_env(mode: str, env_id: str, wrap: Sequence[str] = ()) -> gym.Env[Any, 
         if mode == "human":
             raise ValueError("there is no display here for a window: use --video")
         os.environ.setdefault("MUJOCO_GL", "egl")  # which draws without one
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # nor does it look for one, and complain
     try:
         env = make_env(env_id, wrap, render_mode=mode)
         env.reset(seed=0)

@@ -22,7 +22,7 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from agents.environments import EnvironmentFault
 from agents.networks import stack_members
@@ -113,7 +113,8 @@ def evaluate(
 
 def table(returns: dict[str, NDArray[np.float64]], name: str) -> Table:
     """Means, and paired differences from the last iterate with their standard errors."""
-    shown = Table("policy", title=f"{escape(name)}: {len(returns['last'])} common episodes")
+    policy = Column("policy", no_wrap=True)  # a rule is shown whole
+    shown = Table(policy, title=f"{escape(name)}: {len(returns['last'])} common episodes")
     for heading in ("mean return", "worst", "difference from last", "standard error"):
         shown.add_column(heading, justify="right")
     for rule, row in returns.items():

@@ -29,6 +29,7 @@ from torch.optim import SGD, Optimizer
 
 from polyak_rl.optim import ASGD, PolyakSGD
 from polyak_rl.target import soft_update
+from scripts.experiment.paths import make_folder
 
 # What the notebook prints: the sum of the differences between the predictions of the last iterate
 # and of the average, and the test RMSE of the average and of the last iterate.
@@ -285,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     config = tyro.cli(Config, args=argv, prog="python -m scripts.regression", description=__doc__)
     try:
-        config.figure.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(config.figure.parent)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

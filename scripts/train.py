@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,10 +42,11 @@ from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from polyak_rl import PolicyAverages
 from scripts.enjoy import VIDEOS, drawn_env, record
-from scripts.experiment import life
+from scripts.experiment import life, tracking
 from scripts.experiment.finished import read
 from scripts.experiment.life import Run
 from scripts.experiment.locks import Hold
+from scripts.experiment.room import require_room, size
 from scripts.experiment.run_folder import new_run_folder
 from scripts.experiment.shipping import require_enough, ship
 from scripts.experiment.terminal import unfailing_output, whole_numbers
@@ -93,6 +94,8 @@ class Options(Generic[AgentConfig]):
     unseen"""
     video: bool = False
     """record an episode of the final policy, or of what is shipped"""
+    track: Literal["wandb"] | None = None
+    """follow the run in Weights & Biases too, where wandb is installed; WANDB_MODE=offline: here"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +120,16 @@ def command(argv: Sequence[str]) -> int:
     print(describe_preset(run.algo, options.run.env_id))
     if line := flattened(run.training.envs):
         print(line)
+    code = 1
+    try:
+        code = train_or_explain(run, options)
+    finally:
+        tracking.end(code)
+    return code
+
+
+def train_or_explain(run: Run, options: Options[Any]) -> int:
+    """Train, and say what went wrong if it did; returns the exit code."""
     with closed_in_the_end(run):
         try:
             return train(run, options)
@@ -303,13 +316,20 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
     """The training of a command line, and its averages as schemes of evaluation."""
     if options.checkpoint_every < 0:
         raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
+    if options.segments is not None and (options.segments < 2 or options.segments % 2):
+        raise ValueError(f"segments must be even and at least 2, got {options.segments}")
     if options.video:
         drawn_env("rgb_array", options.run.env_id, options.run.wrap).close()
+    seeds = chosen_seeds(options)
+    if options.track:
+        tracking.require_wandb()
+        if len(seeds) > 1:
+            raise ValueError("--track follows one seed: start one process each")
     if options.ship is not None and not options.averages:
         raise ValueError("ship chooses among averages: it cannot be with no-averages")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    training = Training(algo, options.agent, options.run, chosen_seeds(options))
+    training = Training(algo, options.agent, options.run, seeds)
     if options.ship is not None:
         require_enough(options.ship, "actor" in training.agent.targets)
     if not options.averages:
@@ -323,19 +343,24 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
 def set_up(algo: str, options: Options[Any]) -> tuple[Run, Options[Any]]:
     """Build everything that can be refused; the run's folder is made last."""
     training, averages = build(algo, options)
+    root, keeps = options.runs_dir.expanduser(), size(training, averages)
+    replay = keeps.replay if options.checkpoint_replay else 0
+    less = "fewer --segments" + f" or --no-checkpoint-replay ({replay >> 20:,} MiB)" * (replay > 0)
+    require_room(root, replay + keeps.state + keeps.end, f"give another --runs-dir, {less}")
     paths: list[Path] = []
     with ExitStack() as stack:
         held = stack.enter_context(closing(Hold()))
         try:
             for seed in training.seeds:
                 env_id = options.run.env_id
-                root = options.runs_dir.expanduser()
                 paths.append(new_run_folder(root, env_id, algo, seed))
                 held.take(paths[-1])
             values = dataclasses.asdict(options) | {"runs_dir": str(options.runs_dir)}
             about = {"algo": algo, "options": values}
-            replay = options.checkpoint_replay
-            run = life.begin(training, averages, held, paths, about, replay=replay)
+            if options.track:
+                tracking.begin(paths[0], described(algo, options))
+            kept = options.checkpoint_replay
+            run = life.begin(training, averages, held, paths, about, replay=kept)
             stack.callback(run.close)
             run.save()  # from here on the run can be resumed
         except (ValueError, OSError):
@@ -378,6 +403,8 @@ def resume(path: Path, *, trust: bool = False) -> tuple[Run, Options[Any]] | Non
             require_trusted(name, path, trust=trust)
         resolve_device(options.run.device)
         training, averages = build(algo, options)
+        if options.track:
+            tracking.begin(path, described(algo, options))
         parts = (training, averages, held, paths, checkpoint, notes)
         run = life.go_on(*parts, replay=options.checkpoint_replay)
         assert run is not None
@@ -386,6 +413,12 @@ def resume(path: Path, *, trust: bool = False) -> tuple[Run, Options[Any]] | Non
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
     return run, options
+
+
+def described(algo: str, options: Options[Any]) -> dict[str, Any]:
+    """The hyper-parameters of one seed's run, by name."""
+    run, agent = dataclasses.asdict(options.run), dataclasses.asdict(options.agent)
+    return {"algo": algo, "seed": chosen_seeds(options)[0]} | run | agent
 
 
 def recorded(about: dict[str, Any]) -> tuple[str, Options[Any]]:

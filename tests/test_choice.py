@@ -257,3 +257,14 @@ def test_each_allocation_finds_the_best_within_the_budget(name):
 def test_each_allocation_keeps_the_prior_among_equals(name):
     winners, _ = ALLOCATIONS[name](np.ones((5, 6, 40)), 36, np.random.default_rng(0))
     assert (winners == 0).all()
+
+
+def test_no_splits_and_a_folder_that_is_a_file_are_refused_before_anything_is_replayed(
+    tmp_path, capsys
+):
+    results = str(Path(__file__).parent.parent / "scripts" / "results" / "exploratory")
+    assert choice.main([results, "--splits", "0"]) == 2
+    assert capsys.readouterr().err == "error: splits must be at least 1, got 0\n"
+    (tmp_path / "file").touch()
+    assert choice.main([results, "--out", str(tmp_path / "file")]) == 2
+    assert "error: cannot make the folder " in capsys.readouterr().err

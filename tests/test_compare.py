@@ -211,6 +211,8 @@ def test_finished_runs_are_not_done_again_and_other_settings_are_refused(tmp_pat
         ("--algo sac --env-id CartPole-v1", "sac needs actions in a one-dimensional Box"),
         ("--algo sac --env-id Pendulum-v1 --total-steps 60", "learning starts after 100 steps"),
         ("--algo dqn --env-id CartPole-v1 --seeds 0", "seeds must be at least 1, got 0"),
+        ("--algo dqn --env-id CartPole-v1 --first-seed -4", "first-seed must be at least 0"),
+        ("--agent.gamma 0.9 --env-id CartPole-v1", "--agent.* needs --algo, which is one of dqn"),
     ],
 )
 def test_what_can_be_known_is_said_before_anything_is_begun(command, message, tmp_path, capsys):
@@ -219,6 +221,15 @@ def test_what_can_be_known_is_said_before_anything_is_begun(command, message, tm
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("algo", "shown"), [([], False), (["--algo", "dqn"], True)])
+def test_the_help_shows_the_settings_of_an_algorithm_that_is_named(algo, shown, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        compare.main([*algo, "--help"])
+    options = capsys.readouterr().out.partition("options")[2]
+    assert ("--agent.learning-rate" in options) == shown
+    assert "--agent {" not in options
 
 
 def test_output_that_cannot_be_shown_ends_no_comparison(tmp_path, monkeypatch):

@@ -23,7 +23,9 @@ def test_the_picture_is_written_into_a_new_folder(tmp_path, capsys):
     assert str(picture) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", ["--rule median", "--rule ema:half_life=-1", "--out a.xyz"])
+@pytest.mark.parametrize(
+    "options", ["--rule median", "--rule ema:half_life=-1", "--out a.xyz", "--out ."]
+)
 def test_what_cannot_be_drawn_is_one_sentence(options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert draw_rules.main(options.split()) == 2

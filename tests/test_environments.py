@@ -382,3 +382,20 @@ def test_wrappers_are_put_around_the_environment_in_order_in_training_and_evalua
 def test_a_wrapper_that_cannot_be_had_is_one_sentence(name, message):
     with pytest.raises(ValueError, match=message):
         make_env("CartPole-v1", [name])
+
+
+def test_mujoco_says_nothing_of_gymnasiums_own_models_and_all_else(capfd, monkeypatch):
+    import mujoco
+
+    make_env("HalfCheetah-v5").close()
+    assert capfd.readouterr() == ("", "")
+    assert mujoco.get_mju_user_warning() is None
+    made = gym.make
+
+    def make(*args, **kwargs):
+        mujoco.get_mju_user_warning()("the mass is below 0")
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(gym, "make", make)
+    make_env("HalfCheetah-v5").close()
+    assert capfd.readouterr() == ("", "WARNING: the mass is below 0\n")

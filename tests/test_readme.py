@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 import polyak_rl
 
 ROOT = Path(__file__).parent.parent
@@ -25,11 +23,6 @@ def test_its_python_runs(tmp_path, monkeypatch):
 
 def test_it_is_a_page():
     assert len(README.splitlines()) <= 120
-
-
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b(\w+\.py)\b", README))))
-def test_each_file_it_names_is_there(path):
-    assert [*ROOT.glob(f"*/{path}")]
 
 
 def test_it_says_of_each_target_what_the_makefile_says():

@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 
-from scripts import train
+from scripts import posthoc, train
 from scripts.experiment.terminal import unfailing_output
 from tests.test_resume import COMMAND
 
@@ -86,3 +88,27 @@ def test_the_exit_code_of_a_process_survives_its_last_flush(where):
             command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
         root = Path(__file__).parent.parent
         assert subprocess.run(command, stdout=out, stderr=out, cwd=root).returncode == 7
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "draw_rules"])
+def test_a_package_that_is_missing_is_one_sentence_with_the_group_that_has_it(command, tmp_path):
+    absent = "raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')"
+    (tmp_path / "tyro.py").write_text(absent)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.{command}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: No module named 'tyro': pip install -c constraints.txt ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_table_of_averages_shows_long_rules_whole_in_a_terminal_of_80_columns(capsys):
+    rule = "polynomial:gamma=16.97,start=25000"
+    returns = {"last": np.array([500.0, 499.0]), rule: np.array([12.5, 12.0])}
+    Console(width=80).print(posthoc.table(returns, "a run"))
+    assert rule in capsys.readouterr().out

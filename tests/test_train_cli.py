@@ -212,6 +212,7 @@ def test_the_preset_of_the_environment_gives_the_defaults_and_options_override_t
         ("dqn --threads 0", "threads must be at least 1, got 0"),
         ("dqn --seed -1", "seeds must be one or more different integers from 0 up, got (-1,)"),
         ("dqn --hidden 0", "hidden must be in"),
+        ("dqn --segments 3", "segments must be even and at least 2, got 3"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2_and_leaves_no_run(
@@ -285,12 +286,17 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_video_of_the_final_policy_is_recorded(tmp_path):
+def test_video_of_the_final_policy_is_recorded_without_a_word_of_displays(
+    tmp_path, capfd, monkeypatch
+):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "XDG_RUNTIME_DIR", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
     command = ["dqn", *QUICK, *SMALL, "--device", "cpu", "--video", "--runs-dir", str(tmp_path)]
     assert train.main(command) == 0
     (folder,) = tmp_path.iterdir()
     (video,) = (folder / "videos").glob("*.mp4")
     assert video.stat().st_size > 1000
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 from polyak_rl.choose import Choice
 from polyak_rl.files import write_whole
 from scripts.experiment.finished import CHOICE, SHIPPED, FinishedRun
-from scripts.experiment.paths import own_folder
+from scripts.experiment.paths import make_folder, refuse_link
 
 CARD = "README.md"
 
@@ -60,8 +60,8 @@ def new_folder(folder: Path) -> None:
         ValueError: There is.
         OSError: It is a link, or cannot be made.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    own_folder(folder)
+    refuse_link(folder)
+    make_folder(folder)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} must be new or empty: it has files in it")
 

@@ -1,6 +1,7 @@
 """TensorBoard's event files, written here and now: no thread, no queue, no exception."""
 
 import os
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -16,6 +17,7 @@ from tensorboard.summary.writer.record_writer import (  # type: ignore[import-un
 )
 from torch.utils.tensorboard import summary as untyped_summary
 
+from scripts.experiment import tracking
 from scripts.experiment.paths import own_folder
 
 summary: Any = untyped_summary
@@ -42,7 +44,8 @@ class EventFile:
         self.flushed_at = time.monotonic()
         try:
             own_folder(folder)
-            name = f"{PATTERN[:-1]}{_next_second(folder):010d}.{os.getpid()}"
+            tracking.follow(folder)
+            name = f"{PATTERN[:-1]}{_next_second(folder):010d}.{socket.gethostname()}.{os.getpid()}"
             self.file = (folder / name).open("xb")
         except OSError as error:
             self._give_up(error)

@@ -200,6 +200,8 @@ def plan(options: Options[Any]) -> list[Job]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.first_seed < 0:
+        raise ValueError(f"first-seed must be at least 0, got {options.first_seed}")
     for name in ("num_cpus", "num_gpus"):
         value = getattr(options, name)
         if value < 0 or (value > 1 and value % 1):

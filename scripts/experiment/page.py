@@ -9,10 +9,13 @@ from typing import Any
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
+from scripts.experiment.paths import make_folder
+
 CSS = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 64rem; margin: 0 auto; padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
+       max-width: 80rem; margin: 0 auto; padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
+p, li, blockquote { max-width: 56rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; }
 h2 { font-size: 1.25rem; margin-top: 2.6rem; border-bottom: 1px solid #ddd;
      padding-bottom: .25rem; }
@@ -48,7 +51,7 @@ class Page:
 
     def __init__(self, title: str, out: Path) -> None:
         self.title, self.out = title, out
-        (out / "figures").mkdir(parents=True, exist_ok=True)
+        make_folder(out / "figures")
         self.parts = [f"# {title}"]
         self.pictures: dict[str, str] = {}  # file -> what the HTML shows in its place
 

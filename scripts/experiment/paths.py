@@ -26,6 +26,18 @@ def beside(path: Path, name: str) -> Path:
     return path.parent / name
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where they are not there.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
 def own_folder(folder: Path) -> None:
     """Make a folder, and refuse one that is a link to elsewhere.
 
