@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.environments import EpisodeSeeds
 from agents.evaluation import Evaluation
 from agents.optimizers import Descent
 from agents.seeding import Streams
 from agents.training import Training
+from agents.vector import EpisodeSeeds
 from agents.versions import versions
 from polyak_rl import PolicyAverages
 from polyak_rl.files import write_whole

@@ -13,15 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.agent import Agent, AgentConfig, check
-from agents.environments import (
-    EnvironmentFault,
-    autoreset_of,
-    finite,
-    finite_reward,
-    interface,
-    require_finite,
-    vector_env,
-)
+from agents.environments import EnvironmentFault, interface
 from agents.evaluation import MAX_STEPS, Evaluation, Evaluator, Stopped
 from agents.learner import Learner
 from agents.networks import stack_members
@@ -31,6 +23,7 @@ from agents.presets import ALGORITHMS
 from agents.program import require_compiler
 from agents.replay import Replay, Upload
 from agents.seeding import Purpose, Streams, episode_seed, evaluation_seeds
+from agents.vector import autoreset_of, finite, finite_reward, require_finite, vector_env
 
 EPISODES_SHOWN = 10_000
 """Points in a curve of training episodes beyond which some are left out."""
