@@ -77,10 +77,11 @@ def play(
         step += 1
         batch = torch.from_numpy(obs).to(device).view(members, episodes, *interface.obs_shape)
         action = policy.act(batch).flatten(0, 1).cpu().numpy()  # type: ignore[operator]
-        obs[playing], rewards, ended = players.step(playing, interface.to_env(action)[playing])
-        returns[playing] += rewards
+        rows = players.step(interface.to_env(action)[playing])
+        obs[playing] = rows["obs"]
+        returns[playing] += rows["reward"]
         lengths[playing] += 1
-        playing = playing[~ended]
+        playing = playing[~rows["ended"]]
     by_member = (members, episodes)
     return Evaluation(returns.reshape(by_member), lengths.reshape(by_member))
 

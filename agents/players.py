@@ -15,17 +15,18 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from agents.environments import EnvironmentFault, fault, make_env, observed, stepped
 
 PAYS_AFTER = 2.0  # seconds of playing alone after which helpers are begun: what they cost, about
-MESSAGE = 25e-6  # seconds that it takes to ask a helper and to read its answer
+MESSAGE = 50e-6  # seconds that it takes to ask a helper and to read its answer
 GRACE = 10  # seconds for a helper to end
 
 
@@ -50,13 +51,17 @@ class Slots:
     ) -> None:
         self.env_id, self.wrap = env_id, tuple(wrap)
         self.shape, self.dtype = shape, np.dtype(dtype)
+        self.row = np.dtype(
+            [("obs", self.dtype, shape), ("reward", np.float64), ("ended", bool)], align=True
+        )
         self.envs = list(envs)
         self.seeds: Sequence[int] = ()
+        self.playing: list[int] = []  # slots whose episodes have not ended
         self.steps = 0
 
     def reset(self, seeds: Sequence[int]) -> NDArray[Any]:
         """Begin an episode with each seed: the observations [n, ...]."""
-        self.seeds, self.steps = seeds, 0
+        self.seeds, self.playing, self.steps = seeds, list(range(len(seeds))), 0
         while len(self.envs) < len(seeds):
             self.envs.append(make_env(self.env_id, self.wrap))
         obs = np.empty((len(seeds), *self.shape), self.dtype)
@@ -67,22 +72,21 @@ class Slots:
                 raise fault(error, "reset", self._where(slot)) from error
         return obs
 
-    def step(
-        self, slots: NDArray[np.int64], actions: NDArray[Any]
-    ) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.bool_]]:
-        """Step the environments of some slots: observations, rewards, and which episodes ended."""
+    def step(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Step the environments whose episodes have not ended: rows of `obs`, `reward`, `ended`."""
         self.steps += 1
-        n, envs, shape, dtype = len(slots), self.envs, self.shape, self.dtype
-        obs = np.empty((n, *shape), dtype)
-        rewards, ended = np.empty(n), np.empty(n, dtype=bool)
-        for i, (slot, action) in enumerate(zip(slots.tolist(), actions, strict=True)):
+        rows = np.empty(len(self.playing), self.row)
+        obs, rewards, ended = rows["obs"], rows["reward"], rows["ended"]
+        envs, shape, dtype = self.envs, self.shape, self.dtype
+        for i, (slot, action) in enumerate(zip(self.playing, actions, strict=True)):
             try:
                 values = stepped(envs[slot].step(action), shape, dtype)
             except Exception as error:
                 raise fault(error, "step", self._where(slot)) from error
             obs[i], rewards[i], terminated, truncated = values
             ended[i] = terminated or truncated
-        return obs, rewards, ended
+        self.playing = [slot for slot, end in zip(self.playing, ended, strict=True) if not end]
+        return rows
 
     def close(self) -> None:
         """Close the environments."""
@@ -103,42 +107,57 @@ class Helper:
     Signals that are meant for the parent do not end it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, like: Slots) -> None:
+        made = like.envs[0].unwrapped.spec
+        spec = made and gym.registry.get(made.id)  # as it is registered here
+        slots = (spec, like.env_id, like.wrap, like.shape, like.dtype)
+        first = pickle.dumps(sys.path) + pickle.dumps(slots)  # before the process: it may raise
         begin = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
         self.process = subprocess.Popen(
             [sys.executable, "-c", begin + "from agents.players import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        self._tell(sys.path)
+        self._row = like.row
+        self._write(first)
 
     def ask(self, method: str, *arguments: Any) -> None:
-        """Begin a call of one of its slots' methods; "begin" makes the slots."""
-        self._tell((method, arguments))
+        """Begin a call of one of its slots' methods."""
+        self._write(pickle.dumps((method, arguments), pickle.HIGHEST_PROTOCOL))
 
     def answer(self) -> Any:
-        """What the call returned, or the exception that it raised."""
+        """What the call returned, first of all None once the environments can be made.
+
+        Raises:
+            Exception: That the call raised.
+            EnvironmentFault: The process has ended.
+        """
         assert self.process.stdout is not None
         try:
-            return pickle.load(self.process.stdout)
+            answer = pickle.load(self.process.stdout)
         except EOFError:
             raise self._ended() from None
+        if isinstance(answer, Exception):
+            raise answer
+        return np.frombuffer(answer, self._row) if isinstance(answer, bytes) else answer
 
-    def end(self) -> None:
-        """Let it end, or make it."""
+    def leave(self) -> None:
+        """Tell it to end."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+    def end(self) -> None:
+        """Wait until it has ended, or make it."""
         try:
             self.process.wait(GRACE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
-    def _tell(self, what: Any) -> None:
+    def _write(self, data: bytes) -> None:
         assert self.process.stdin is not None
-        data = pickle.dumps(what)
         try:
             self.process.stdin.write(data)
             self.process.stdin.flush()
@@ -170,7 +189,9 @@ class Players:
         self.own, self.processes = own, processes
         self.helpers: list[Helper] = []
         self._pid = os.getpid()
-        self._n = 1  # processes that play now
+        self._n = 1  # processes that play now, this one being number 0
+        self._owner = np.zeros(0, dtype=np.int64)  # which of them plays each episode
+        self._places: dict[int, NDArray[Any]] = {}
         self._cores: int | None = None  # that were idle when it was looked
         self._seconds, self._steps = 0.0, 0  # of playing alone
 
@@ -182,34 +203,37 @@ class Players:
         if missing > 0:
             self._hire(missing)
         self._n = min(self._wanted(len(seeds)), len(seeds))
-        parts = [seeds[p :: self._n] for p in range(self._n)]
-        obs = self._call("reset", [(part,) for part in parts])
-        places = [np.arange(p, len(seeds), self._n) for p in range(self._n)]
-        return _together(places, obs)
+        self._owner = np.arange(len(seeds)) % self._n
+        self._find_places()
+        obs = self._call("reset", {p: (seeds[p :: self._n],) for p in self._places})
+        return self._together(obs)
 
-    def step(self, slots: NDArray[np.int64], actions: NDArray[Any]) -> Sequence[NDArray[Any]]:
-        """Step the environments of some slots: observations, rewards, and which episodes ended."""
+    def step(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """As `Slots.step`."""
         if self._n == 1:
             began = time.perf_counter()
-            result = self.own.step(slots, actions)
+            rows = self.own.step(actions)
             self._seconds += time.perf_counter() - began
-            self._steps += len(slots)
-            return result
-        owner, number = slots % self._n, slots // self._n
-        places = [np.flatnonzero(owner == p) for p in range(self._n)]
-        calls = [(number[place], actions[place]) for place in places]
-        answers = self._call("step", calls)
-        return [_together(places, parts) for parts in zip(*answers, strict=True)]
+            self._steps += len(rows)
+            return rows
+        parts = {p: (actions[place],) for p, place in self._places.items()}
+        rows = self._together(self._call("step", parts))
+        if rows["ended"].any():
+            self._owner = self._owner[~rows["ended"]]
+            self._find_places()
+        return rows
 
     def close(self) -> None:
         """Close the environments, and let the helpers end."""
         try:
-            self._call("close", [()] * (1 + len(self.helpers)))
+            self._call("close", dict.fromkeys(range(1 + len(self.helpers)), ()))
         finally:
             self.dismiss()
 
     def dismiss(self) -> None:
         """Let the helpers end; they are begun again when they are needed."""
+        for helper in self.helpers:
+            helper.leave()
         while self.helpers:
             self.helpers.pop().end()
 
@@ -217,7 +241,7 @@ class Players:
         """In how many processes to play."""
         if self.processes is not None:
             return self.processes
-        if self._seconds < PAYS_AFTER:
+        if self._seconds <= PAYS_AFTER:
             return 1
         if self._cores is None:
             self._cores = idle_cores()
@@ -225,51 +249,48 @@ class Players:
         return max(1, min(self._cores, round(best)))
 
     def _hire(self, count: int) -> None:
+        """Begin so many helpers more."""
         own = self.own
         if not own.envs:
             own.envs.append(make_env(own.env_id, own.wrap))
-        made = own.envs[0].unwrapped.spec
-        spec = made and gym.registry.get(made.id)  # as it is registered here
-        hired = [Helper() for _ in range(count)]
-        self.helpers += hired
         try:
-            for helper in hired:
-                helper.ask("begin", spec, own.env_id, own.wrap, own.shape, own.dtype)
-            for helper in hired:
-                _raise(helper.answer())
-        except Exception as error:  # its own code raises anything
+            for _ in range(count):
+                self.helpers.append(Helper(own))
+            for helper in self.helpers[-count:]:
+                helper.answer()
+        except BaseException as error:
             self.dismiss()
+            if not isinstance(error, Exception):
+                raise
             if self.processes is not None:
                 raise ValueError(
                     f"the environment {own.env_id!r} cannot be made in another process: {error}"
                 ) from error
             self.processes = 1
 
-    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call a method of the slots of this process and of the first helpers at once."""
-        asked = self.helpers[: len(arguments) - 1]
+    def _find_places(self) -> None:
+        """Where the episodes that each process plays lie among all that have not ended."""
+        places = {p: np.flatnonzero(self._owner == p) for p in range(self._n)}
+        self._places = {p: place for p, place in places.items() if len(place)}
+
+    def _together(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        whole = np.empty((len(self._owner), *parts[0].shape[1:]), parts[0].dtype)
+        for place, part in zip(self._places.values(), parts, strict=True):
+            whole[place] = part
+        return whole
+
+    def _call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> list[Any]:
+        """Call a method of the slots of several processes at once: 0 is this one."""
+        asked = [self.helpers[p - 1] for p in arguments if p]
         try:
-            for helper, given in zip(asked, arguments[1:], strict=True):
-                helper.ask(method, *given)
-            own = getattr(self.own, method)(*arguments[0])
-            return [own, *(_raise(helper.answer()) for helper in asked)]
+            for p, given in arguments.items():
+                if p:
+                    self.helpers[p - 1].ask(method, *given)
+            own = [getattr(self.own, method)(*arguments[0])] if 0 in arguments else []
+            return own + [helper.answer() for helper in asked]
         except BaseException:
             self.dismiss()  # an answer may still be on its way
             raise
-
-
-def _together(places: Sequence[NDArray[Any]], parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """One array of what lies at several places of it."""
-    whole = np.empty((sum(map(len, places)), *parts[0].shape[1:]), parts[0].dtype)
-    for place, part in zip(places, parts, strict=True):
-        whole[place] = part
-    return whole
-
-
-def _raise(answer: Any) -> Any:
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def idle_cores() -> int:
@@ -290,33 +311,35 @@ def serve() -> None:
     os.dup2(2, 1)  # what environments print is no answer
     slots: Any = None
     while True:
-        answer: Any
+        answer: Any = None
         try:
-            method, arguments = pickle.load(calls)
-            if method == "begin":
-                spec, *described = arguments
-                _import_registering(described[0])
-                if spec is not None:
-                    gym.registry[spec.id] = spec
-                slots = Slots(*described)
-                slots.envs.append(make_env(slots.env_id, slots.wrap))
-                answer = None
+            asked = pickle.load(calls)
+            if slots is None:
+                slots = _made(*asked)
             else:
+                method, arguments = asked
                 answer = getattr(slots, method)(*arguments)
+                if method == "step":
+                    answer = answer.tobytes()  # a dtype of rows takes long to pickle
         except EOFError:
             return
         except Exception as error:
             error.add_note(traceback.format_exc())
             answer = error
         try:
-            answers.write(pickle.dumps(answer))
+            pickle.dump(answer, answers)
             answers.flush()
         except BrokenPipeError:  # nobody waits for it
             return
 
 
-def _import_registering(env_id: str) -> None:
-    """Import what registers an environment, which would replace what is registered before."""
-    module = "ale_py" if env_id.startswith("ALE/") else env_id.rpartition(":")[0]
-    if module:
+def _made(
+    spec: EnvSpec | None, env_id: str, wrap: Sequence[str], shape: tuple[int, ...], dtype: Any
+) -> Slots:
+    """Slots as another process has them, with one environment."""
+    # Imported later, what registers the environment would replace what is registered there.
+    if module := "ale_py" if env_id.startswith("ALE/") else env_id.rpartition(":")[0]:
         importlib.import_module(module)
+    if spec is not None:
+        gym.registry[spec.id] = spec
+    return Slots(env_id, wrap, shape, dtype, [make_env(env_id, wrap)])

@@ -57,6 +57,10 @@ class TrainConfig:
     """environment steps between two evaluations; None: a twentieth of all; 0: there are none"""
     eval_episodes: int = 20
     """episodes in an evaluation"""
+    eval_processes: int | None = 1
+    """processes that play them, the run's own included. None: once they take long, as many as there
+    are idle cores, if so many pay. The numbers are the same; in other processes an environment is
+    what its name and wrappers say, without what has been done to its classes since"""
     max_episode_steps: int = MAX_STEPS
     """steps after which an evaluation episode that has not ended is cut"""
     wrap: tuple[str, ...] = ()
@@ -193,7 +197,12 @@ class Training:
         self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.descent.optimizers.values()]
 
         self.evaluator = Evaluator(
-            config.env_id, self.interface, self.device, config.wrap, config.max_episode_steps
+            config.env_id,
+            self.interface,
+            self.device,
+            config.wrap,
+            config.max_episode_steps,
+            config.eval_processes,
         )
         twentieth = max(1, config.total_steps // 20)
         self.eval_every = twentieth if config.eval_every is None else config.eval_every

@@ -216,7 +216,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
 
     def default(algo: str) -> Options[Any]:
         agent, total_steps = preset(algo, env_id or DEFAULT_ENV[algo])
-        run = TrainConfig(env_id or DEFAULT_ENV[algo], total_steps, device="auto")
+        run = TrainConfig(
+            env_id or DEFAULT_ENV[algo], total_steps, eval_processes=None, device="auto"
+        )
         return Options(run=run, agent=agent)
 
     first = next(iter(argv), "--help")

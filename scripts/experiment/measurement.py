@@ -42,7 +42,7 @@ Report = Callable[[int], None]
 END = "finished.json"
 
 
-def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
+def run(job: Job, out: Path, report: Report = lambda step: None, processes: int | None = 1) -> None:
     """Train a job's seeds and write a folder for each under `out`; do nothing where that is done.
 
     Args:
@@ -50,6 +50,7 @@ def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
         out: The folder of run folders; a try that was cut short there goes on, and one that another
             process makes is waited for.
         report: Called with the environment step after every thousandth of the run.
+        processes: That play evaluation episodes, as in `TrainConfig`.
     """
     paths = [out / name for name in job.run_names()]
     with ExitStack() as stack:
@@ -62,6 +63,7 @@ def run(job: Job, out: Path, report: Report = lambda step: None) -> None:
             return
         measure = resume(job, paths, held) or begin(job, paths, held)
         stack.callback(measure.run.close)
+        measure.training.evaluator.players.processes = processes
         measure.go(report)
         for folder in measure.run.folders:
             folder.sync()
