@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import gymnasium as gym
@@ -45,14 +46,23 @@ class Interface:
         """The environment's form of an agent's actions [..., A] in [-1, 1], or indices [...]."""
         if self.discrete:
             return action + self.low if self.low.item() else action
-        half = 0.5 * self.high - 0.5 * self.low
-        if half.max() > 0.25 * np.finfo(half.dtype).max:  # twice half would overflow
+        half = self._half
+        if self._is_wide:
             scaled = 0.5 * self.low + 0.5 * self.high + action * half
         else:
             scaled = self.low + (action + 1) * half
         # rounding may pass a bound by a unit in the last place
-        clipped: NDArray[Any] = np.clip(scaled, self.low, self.high)
+        clipped: NDArray[Any] = scaled.clip(self.low, self.high)
         return clipped
+
+    @cached_property
+    def _half(self) -> NDArray[Any]:
+        return 0.5 * self.high - 0.5 * self.low
+
+    @cached_property
+    def _is_wide(self) -> bool:
+        """Whether twice `_half` would overflow."""
+        return bool(self._half.max() > 0.25 * np.finfo(self._half.dtype).max)
 
 
 def interface(obs_space: gym.Space[Any], action_space: gym.Space[Any], algo: str) -> Interface:

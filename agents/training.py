@@ -369,7 +369,7 @@ class Training:
         )
         self.obs = next_obs = self._observations(observed)
         ended = terminated | truncated
-        some_ended = bool(ended.any())
+        some_ended = np.count_nonzero(ended) > 0
         real = np.ones(len(ended), dtype=bool)
         if self.autoreset == AutoresetMode.NEXT_STEP:
             real = ~self.ended  # the step after an end only resets: it is no transition at all
@@ -391,19 +391,16 @@ class Training:
             reward = np.nan_to_num(reward, posinf=0, neginf=0)
         else:
             require_finite(self.envs, self.step, self.obs, next_obs, reward, ended)
-        if stored.any():
-            kept: Any = slice(None) if stored.all() else stored  # else of one seed
+        if count := np.count_nonzero(stored):
             by_seed = action.shape[:2]
-            self.replay.add(
-                obs[:, kept],
-                action[:, kept],
-                reward.reshape(by_seed)[:, kept],
-                terminated.reshape(by_seed)[:, kept],
-                next_obs[:, kept],
-            )
-        self.step += int(real.sum()) // len(self.seeds)
-        self.episode_return[real] += reward[real]
-        self.episode_length[real] += 1
+            ends = reward.reshape(by_seed), terminated.reshape(by_seed)
+            transitions: Any = (obs, action, *ends, next_obs)
+            if count < len(stored):  # of one seed
+                transitions = [field[:, stored] for field in transitions]
+            self.replay.add(*transitions)
+        self.step += int(np.count_nonzero(real)) // len(self.seeds)
+        np.add(self.episode_return, reward, out=self.episode_return, where=real)
+        self.episode_length += real
         self.ended = ended
         if some_ended:
             self._finish_episodes()
@@ -487,9 +484,14 @@ class Training:
                     )
 
     def _observations(self, observed: NDArray[Any]) -> NDArray[Any]:
-        with np.errstate(over="ignore"):  # what is infinite in float32 is looked for afterwards
-            obs = np.array(observed, dtype=self.interface.obs_dtype)  # a copy
-        return obs.reshape(len(self.seeds), self.config.n_envs, *self.interface.obs_shape)
+        dtype, shape = self.interface.obs_dtype, self.interface.obs_shape
+        observed = np.asarray(observed)
+        if observed.dtype == dtype:
+            obs = observed.copy()
+        else:
+            with np.errstate(over="ignore"):  # what is infinite in float32 is looked for later
+                obs = np.array(observed, dtype=dtype)
+        return obs.reshape(len(self.seeds), self.config.n_envs, *shape)
 
 
 def _check_seeds(seeds: tuple[int, ...], logs: tuple[Log, ...], own_envs: bool) -> None:

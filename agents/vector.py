@@ -13,6 +13,8 @@ from agents.environments import fault, make_env, observed, stepped
 from agents.nonfinite import NonFiniteError
 from agents.seeding import episode_seed
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
     """Gives every episode a seed of its own, so that any episode can be played again alone.
@@ -27,6 +29,8 @@ class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any], seed: int, env_index: int) -> None:
         super().__init__(env)
+        space = env.observation_space
+        self._shape, self._dtype = space.shape, space.dtype
         self.seed = seed
         self.env_index = env_index
         self.episode = 0
@@ -43,19 +47,17 @@ class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
         self.episode += 1
         self.before = self.where()
         self.reset_seed, self.steps = seed, 0
-        space = self.observation_space
         try:
             values = self.env.reset(seed=seed, options=options)
-            return observed(values, space.shape, space.dtype), {}
+            return observed(values, self._shape, self._dtype), {}
         except Exception as error:
             raise fault(error, "reset", self.where()) from error
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step the environment; what goes wrong is named."""
         self.steps += 1
-        space = self.observation_space
         try:
-            return *stepped(self.env.step(action), space.shape, space.dtype), {}
+            return *stepped(self.env.step(action), self._shape, self._dtype), {}
         except Exception as error:
             raise fault(error, "step", self.where()) from error
 
@@ -136,8 +138,16 @@ def finite(obs: NDArray[Any]) -> NDArray[np.bool_]:
 
 def finite_reward(reward: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which rewards are finite in float32, as they are stored."""
-    held: NDArray[np.bool_] = np.abs(reward) <= np.finfo(np.float32).max  # false of NaN
+    held: NDArray[np.bool_] = np.abs(reward) <= LARGEST  # false of NaN
     return held
+
+
+def _all_finite(obs: NDArray[Any]) -> bool:
+    return bool(obs.dtype == np.uint8) or _all(np.isfinite(obs))
+
+
+def _all(held: NDArray[np.bool_]) -> bool:
+    return bool(np.count_nonzero(held) == held.size)  # a fifth of the work of `held.all()`
 
 
 def require_finite(
@@ -161,10 +171,11 @@ def require_finite(
     Raises:
         NonFiniteError: A number is not finite; the message says what plays the episode again.
     """
-    if finite_reward(reward).all() and finite(obs).all() and finite(next_obs).all():
+    same = next_obs is obs
+    if _all(finite_reward(reward)) and _all_finite(obs) and (same or _all_finite(next_obs)):
         return
     looks = [("a reward", finite_reward(reward), True), ("an observation", finite(next_obs), True)]
-    if next_obs is not obs:
+    if not same:
         looks += [("the first observation of an episode", finite(obs), False)]
     for what, good, before_reset in looks:
         for i in np.flatnonzero(~good).tolist():
