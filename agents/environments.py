@@ -182,6 +182,11 @@ def _to_flatten(space: gym.Space[Any]) -> bool:
             return bool(space.is_np_flattenable)
 
 
+def carries_state(env: gym.Env[Any, Any]) -> bool:
+    """Whether an environment's episodes depend, in the last digits, on those that it had before."""
+    return "box2d" in type(env.unwrapped).__module__
+
+
 class EnvironmentFault(RuntimeError):
     """An environment raised, or returned what its spaces do not allow."""
 

@@ -7,14 +7,15 @@ a second.
 
 import contextlib
 import importlib
+import io
 import math
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,11 +24,27 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from agents.environments import EnvironmentFault, fault, make_env, observed, stepped
+from agents.environments import (
+    EnvironmentFault,
+    carries_state,
+    fault,
+    make_env,
+    observed,
+    stepped,
+)
 
 PAYS_AFTER = 2.0  # seconds of playing alone after which helpers are begun: what they cost, about
 MESSAGE = 50e-6  # seconds that it takes to ask a helper and to read its answer
 GRACE = 10  # seconds for a helper to end
+BEGIN = """
+import pickle, signal, sys
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # meant for the parent; to ignore them is inherited
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), lambda *_: None)
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from agents.players import serve
+serve()
+"""
 
 
 class Slots:
@@ -112,9 +129,8 @@ class Helper:
         spec = made and gym.registry.get(made.id)  # as it is registered here
         slots = (spec, like.env_id, like.wrap, like.shape, like.dtype)
         first = pickle.dumps(sys.path) + pickle.dumps(slots)  # before the process: it may raise
-        begin = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
         self.process = subprocess.Popen(
-            [sys.executable, "-c", begin + "from agents.players import serve; serve()"],
+            [sys.executable, "-P", "-c", BEGIN],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -135,7 +151,7 @@ class Helper:
         assert self.process.stdout is not None
         try:
             answer = pickle.load(self.process.stdout)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):
             raise self._ended() from None
         if isinstance(answer, Exception):
             raise answer
@@ -178,7 +194,8 @@ class Players:
     Args:
         own: The slots of this process.
         processes: In how many to play, this one included. None: in this one until it has played for
-            two seconds; from there in as many as pay, and at most as there are idle cores.
+            two seconds; from there in as many as pay, and at most as there are idle cores. Not so
+            where an environment carries state from one episode to the next.
 
     Raises:
         ValueError: From `reset`: the environments cannot be made in another process. With None all
@@ -199,10 +216,10 @@ class Players:
         """Begin an episode with each seed: the observations [n, ...]."""
         if self._pid != os.getpid():  # of a fork: the helpers are its parent's
             self._pid, self.helpers = os.getpid(), []
-        missing = min(self._wanted(len(seeds)), len(seeds)) - 1 - len(self.helpers)
+        missing = self._wanted(len(seeds)) - 1 - len(self.helpers)
         if missing > 0:
             self._hire(missing)
-        self._n = min(self._wanted(len(seeds)), len(seeds))
+        self._n = self._wanted(len(seeds))
         self._owner = np.arange(len(seeds)) % self._n
         self._find_places()
         obs = self._call("reset", {p: (seeds[p :: self._n],) for p in self._places})
@@ -239,14 +256,14 @@ class Players:
 
     def _wanted(self, slots: int) -> int:
         """In how many processes to play."""
-        if self.processes is not None:
+        if self.processes is not None:  # so many always, so that a slot keeps its environment
             return self.processes
-        if self._seconds <= PAYS_AFTER:
+        if self._seconds <= PAYS_AFTER or carries_state(self.own.envs[0]):
             return 1
         if self._cores is None:
             self._cores = idle_cores()
         best = math.sqrt(slots * self._seconds / self._steps / MESSAGE)
-        return max(1, min(self._cores, round(best)))
+        return max(1, min(self._cores, slots, round(best)))
 
     def _hire(self, count: int) -> None:
         """Begin so many helpers more."""
@@ -303,10 +320,8 @@ def idle_cores() -> int:
 
 def serve() -> None:
     """What a helper does: it answers its parent's calls until there are no more."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    calls = sys.stdin.buffer
+    warnings.simplefilter("ignore")  # the parent has shown them
+    calls, sys.stdin = sys.stdin.buffer, io.StringIO()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what environments print is no answer
     slots: Any = None

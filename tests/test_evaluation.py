@@ -15,7 +15,7 @@ from agents import players
 from agents.ddpg import DDPGConfig
 from agents.environments import EnvironmentFault, interface
 from agents.evaluation import Evaluator, Stopped
-from agents.networks import QNetwork, stack_members
+from agents.networks import DeterministicActor, QNetwork, stack_members
 from agents.seeding import Purpose, evaluation_seeds, generators
 from agents.training import TrainConfig, Training
 from tests.lengthy import Awkward, Lengthy
@@ -143,6 +143,23 @@ def test_what_other_processes_play_is_the_same_to_the_bit():
         assert len(helpers_of(judge)) == 2
         ended = helpers_of(judge)
     assert [process.poll() for process in ended] == [0, 0]
+
+
+def test_an_environment_that_carries_state_between_episodes_stays_with_its_slot(monkeypatch):
+    pytest.importorskip("Box2D")
+    net = DeterministicActor(24, 4, (16,), generators(Purpose.INIT, [0]))
+    env = gym.make("BipedalWalker-v3")
+    face = interface(env.observation_space, env.action_space, "ddpg")
+    orders = [np.array([row]) for row in ([1, 2, 3, 4, 5], [5, 4, 3], [4, 3, 2, 1, 5])]
+    results = []
+    monkeypatch.setattr(players, "PAYS_AFTER", 0.0)
+    for processes in (1, 3, None):
+        with closing(Evaluator("BipedalWalker-v3", face, processes=processes)) as judge:
+            played = [judge.evaluate(net, order).returns.tolist() for order in orders]
+            assert len(helpers_of(judge)) == (2 if processes == 3 else 0)
+        results.append(played)
+    assert results[0] == results[1] == results[2]
+    assert sorted(results[0][0][0]) != sorted(results[0][2][0])  # it does carry state
 
 
 def test_a_run_that_is_evaluated_in_several_processes_is_the_same_run():
