@@ -220,10 +220,12 @@ class Players:
         if missing > 0:
             self._hire(missing)
         self._n = self._wanted(len(seeds))
-        self._owner = np.arange(len(seeds)) % self._n
+        # Three turns to four of a helper: there is the policy to ask besides.
+        turns = [p for turn in range(4) for p in range(self._n) if p or turn < 3]
+        self._owner = np.resize(turns, len(seeds))
         self._find_places()
-        obs = self._call("reset", {p: (seeds[p :: self._n],) for p in self._places})
-        return self._together(obs)
+        given = {p: ([seeds[i] for i in place],) for p, place in self._places.items()}
+        return self._together(self._call("reset", given))
 
     def step(self, actions: NDArray[Any]) -> NDArray[Any]:
         """As `Slots.step`."""
