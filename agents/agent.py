@@ -167,6 +167,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "n_envs": (1, 2**16),
     "eval_every": (0, math.inf),
     "eval_episodes": (1, 2**20),
+    "eval_processes": (1, 2**10),
     "log_every": (1, math.inf),
     "lr_decay_until": (1e-12, 1.0),
     "lr_floor": (0.0, 1.0),

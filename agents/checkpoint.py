@@ -31,11 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.environments import EpisodeSeeds
+from agents.environments import carries_state
 from agents.evaluation import Evaluation
 from agents.optimizers import Descent
 from agents.seeding import Streams
 from agents.training import Training
+from agents.vector import EpisodeSeeds
 from agents.versions import versions
 from polyak_rl import PolicyAverages
 from polyak_rl.files import write_whole
@@ -441,7 +442,7 @@ def _restore_environments(training: Training, saved: State) -> list[str]:
             training.obs[member, place] = observed
             training.episode_return[i] = training.episode_length[i] = 0
             notes.append(f"{where} begins its next episode: {why}")
-    if "box2d" in type(envs[0].unwrapped).__module__:
+    if carries_state(envs[0]):
         notes.append(
             f"{training.config.env_id} carries state from one episode to the next (Box2D): "
             "it cannot be restored exactly"

@@ -1,22 +1,19 @@
-"""Environments: how they look to an agent, seeds of their episodes, and what they must return."""
+"""Environments: how they look to an agent, how they are made, and what they must return."""
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation
 from numpy.typing import NDArray
-
-from agents.nonfinite import NonFiniteError
-from agents.seeding import episode_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +48,23 @@ class Interface:
         """The environment's form of an agent's actions [..., A] in [-1, 1], or indices [...]."""
         if self.discrete:
             return action + self.low if self.low.item() else action
-        half = 0.5 * self.high - 0.5 * self.low
-        if half.max() > 0.25 * np.finfo(half.dtype).max:  # twice half would overflow
+        half = self._half
+        if self._is_wide:
             scaled = 0.5 * self.low + 0.5 * self.high + action * half
         else:
             scaled = self.low + (action + 1) * half
         # rounding may pass a bound by a unit in the last place
-        clipped: NDArray[Any] = np.clip(scaled, self.low, self.high)
+        clipped: NDArray[Any] = scaled.clip(self.low, self.high)
         return clipped
+
+    @cached_property
+    def _half(self) -> NDArray[Any]:
+        return 0.5 * self.high - 0.5 * self.low
+
+    @cached_property
+    def _is_wide(self) -> bool:
+        """Whether twice `_half` would overflow."""
+        return bool(self._half.max() > 0.25 * np.finfo(self._half.dtype).max)
 
 
 def interface(obs_space: gym.Space[Any], action_space: gym.Space[Any], algo: str) -> Interface:
@@ -204,14 +210,9 @@ def _to_flatten(space: gym.Space[Any]) -> bool:
             return bool(space.is_np_flattenable)
 
 
-def flattened(envs: VectorEnv[Any, Any, Any]) -> str | None:
-    """A line on observations that `make_env` has flattened in environments made here, if it has."""
-    env = envs.envs[0] if isinstance(envs, SyncVectorEnv) else None
-    inner = env.env if isinstance(env, EpisodeSeeds) else None
-    if not isinstance(inner, FlattenObservation):
-        return None
-    size = inner.observation_space.shape
-    return f"observations flattened: {inner.env.observation_space} to {size}"
+def carries_state(env: gym.Env[Any, Any]) -> bool:
+    """Whether an environment's episodes depend, in the last digits, on those that it had before."""
+    return "box2d" in type(env.unwrapped).__module__
 
 
 class EnvironmentFault(RuntimeError):
@@ -222,8 +223,12 @@ class Malformed(TypeError):
     """What an environment returned is not of Gymnasium's form, or not of its spaces."""
 
 
+_REAL = (float, int, np.floating, np.integer)
+_BOOL = (bool, np.bool_)
+
+
 def observed(values: Any, shape: tuple[int, ...] | None, dtype: Any) -> NDArray[Any]:
-    """A reset's observation, as an array of the caller's own.
+    """A reset's observation, checked; it may be an array that the environment writes to again.
 
     Raises:
         Malformed: The values are not what Gymnasium's `reset` returns.
@@ -236,8 +241,10 @@ def observed(values: Any, shape: tuple[int, ...] | None, dtype: Any) -> NDArray[
 
 def stepped(
     values: Any, shape: tuple[int, ...] | None, dtype: Any
-) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
-    """What a step returned, checked; the observation is an array of the caller's own.
+) -> tuple[NDArray[Any], float, bool, bool]:
+    """A step's observation, reward, terminated and truncated, checked.
+
+    The observation may be an array that the environment writes to again.
 
     Raises:
         Malformed: The values are not what Gymnasium's `step` returns.
@@ -248,19 +255,20 @@ def stepped(
             "truncated, info)"
         )
     obs, reward, terminated, truncated, info = values
-    if not isinstance(reward, float | int | np.floating | np.integer):
+    if not isinstance(reward, _REAL):
         kind = np.asarray(reward)
         if kind.shape or kind.dtype.kind not in "fiub":
             raise Malformed(f"returned a reward that is not one real number, but {_brief(reward)}")
-    for name, end in (("terminated", terminated), ("truncated", truncated)):
-        if not isinstance(end, bool | np.bool_):
-            raise Malformed(f"returned {name} that is not a bool, but {_brief(end)}")
+    if not isinstance(terminated, _BOOL):
+        raise Malformed(f"returned terminated that is not a bool, but {_brief(terminated)}")
+    if not isinstance(truncated, _BOOL):
+        raise Malformed(f"returned truncated that is not a bool, but {_brief(truncated)}")
     _check_info(info)
-    return _observation(obs, shape, dtype), float(reward), bool(terminated), bool(truncated), info
+    return _observation(obs, shape, dtype), float(reward), bool(terminated), bool(truncated)
 
 
 def _observation(obs: Any, shape: tuple[int, ...] | None, dtype: Any) -> NDArray[Any]:
-    array = np.array(obs)  # a copy: an environment may write to its array at the next step
+    array = np.asarray(obs)
     if array.dtype.kind not in "fiub":
         raise Malformed(f"returned an observation that is not of real numbers, but {_brief(obs)}")
     if array.shape != shape:
@@ -286,171 +294,8 @@ def _brief(value: Any) -> str:
     return f"{value!r:.40}"
 
 
-class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
-    """Gives every episode a seed of its own, so that any episode can be played again alone.
-
-    Its own info is left out: no key of it means anything here, and none can be taken for one of
-    Gymnasium's. Observations are copies.
-
-    Raises:
-        EnvironmentFault: The environment raised, or returned what is not of Gymnasium's form or not
-            of its spaces' shape; the message says which seed and step reproduce it.
-    """
-
-    def __init__(self, env: gym.Env[Any, Any], seed: int, env_index: int) -> None:
-        super().__init__(env)
-        self.seed = seed
-        self.env_index = env_index
-        self.episode = 0
-        self.reset_seed: int | None = None
-        self.steps = 0
-        self.before = ""  # `where` at the end of the episode before
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Begin the next episode, with its own seed unless one is given."""
-        if seed is None:
-            seed = episode_seed(self.seed, self.env_index, self.episode)
-        self.episode += 1
-        self.before = self.where()
-        self.reset_seed, self.steps = seed, 0
-        space = self.observation_space
-        try:
-            values = self.env.reset(seed=seed, options=options)
-            return observed(values, space.shape, space.dtype), {}
-        except Exception as error:
-            raise fault(error, "reset", self.where()) from error
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Step the environment; what goes wrong is named."""
-        self.steps += 1
-        space = self.observation_space
-        try:
-            return *stepped(self.env.step(action), space.shape, space.dtype)[:4], {}
-        except Exception as error:
-            raise fault(error, "step", self.where()) from error
-
-    def close(self) -> None:
-        """Close the environment; what goes wrong is named."""
-        try:
-            super().close()
-        except Exception as error:
-            raise fault(error, "close", self.where()) from error
-
-    def where(self) -> str:
-        """What plays the episode again up to now."""
-        return (
-            f"environment {self.env_index} of seed {self.seed}, step {self.steps} of the episode "
-            f"that reset(seed={self.reset_seed}) begins"
-        )
-
-
 def fault(error: Exception, call: str, where: str) -> EnvironmentFault:
     """Names what went wrong in a call of an environment, or with what it returned."""
     own = isinstance(error, Malformed)
     what = str(error) if own else f"raised {type(error).__name__} in {call}: {error}"
     return EnvironmentFault(f"the environment {what} ({where})")
-
-
-class SameStep(SyncVectorEnv):
-    """Environments side by side that reset in the step that ends an episode.
-
-    As Gymnasium's own, whose step costs several of CartPole's: observations are written to a new
-    array once, not copied, and of what else environments tell only `final_obs` is passed on.
-    """
-
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]]) -> None:
-        super().__init__(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step every environment; those whose episode ends begin the next one."""
-        space, n = self.single_observation_space, self.num_envs
-        obs = np.empty((n, *(space.shape or ())), dtype=space.dtype)
-        rewards = np.empty(n)
-        terminated, truncated = np.empty((2, n), dtype=bool)
-        final: dict[int, Any] = {}
-        for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            seen, rewards[i], terminated[i], truncated[i], _ = env.step(action)
-            if terminated[i] or truncated[i]:
-                final[i] = seen
-                seen, _ = env.reset()
-            obs[i] = seen
-        return obs, rewards, terminated, truncated, {"final_obs": final}
-
-
-def vector_env(
-    env_id: str, seeds: Sequence[int], n_envs: int, wrap: Sequence[str] = ()
-) -> SameStep:
-    """`n_envs` environments for each seed, every episode of which can be played again alone."""
-
-    def build(seed: int, env_index: int) -> Callable[[], gym.Env[Any, Any]]:
-        return lambda: EpisodeSeeds(make_env(env_id, wrap), seed, env_index)
-
-    return SameStep([build(seed, i) for seed in seeds for i in range(n_envs)])
-
-
-def autoreset_of(envs: VectorEnv[Any, Any, Any], expected: int) -> AutoresetMode:
-    """How a vector environment resets.
-
-    Raises:
-        ValueError: It does not reset by itself, or does not hold `expected` environments.
-    """
-    mode = envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
-    if envs.num_envs != expected:
-        raise ValueError(f"the vector environment must hold {expected}, got {envs.num_envs}")
-    if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-        raise ValueError(f"the vector environment must reset by itself, got {mode}")
-    return AutoresetMode(mode)
-
-
-def finite(obs: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of the observations [S, n_envs, ...] are finite, [S * n_envs]; images always are."""
-    n = obs.shape[0] * obs.shape[1]
-    if obs.dtype == np.uint8:
-        return np.ones(n, dtype=bool)
-    result: NDArray[np.bool_] = np.isfinite(obs.reshape(n, -1)).all(1)
-    return result
-
-
-def finite_reward(reward: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which rewards are finite in float32, as they are stored."""
-    held: NDArray[np.bool_] = np.abs(reward) <= np.finfo(np.float32).max  # false of NaN
-    return held
-
-
-def require_finite(
-    envs: VectorEnv[Any, Any, Any],
-    step: int,
-    obs: NDArray[Any],
-    next_obs: NDArray[Any],
-    reward: NDArray[np.float64],
-    ended: NDArray[np.bool_],
-) -> None:
-    """Look at what environments returned.
-
-    Args:
-        envs: The environments, of which those made by `vector_env` can say what they play.
-        step: Environment steps taken before.
-        obs: What they observe now [S, n, ...].
-        next_obs: The same, but the last observation of an episode where one ended.
-        reward: [S * n].
-        ended: Where an episode ended [S * n].
-
-    Raises:
-        NonFiniteError: A number is not finite; the message says what plays the episode again.
-    """
-    if finite_reward(reward).all() and finite(obs).all() and finite(next_obs).all():
-        return
-    looks = [("a reward", finite_reward(reward), True), ("an observation", finite(next_obs), True)]
-    if next_obs is not obs:
-        looks += [("the first observation of an episode", finite(obs), False)]
-    for what, good, before_reset in looks:
-        for i in np.flatnonzero(~good).tolist():
-            env = envs.envs[i] if isinstance(envs, SyncVectorEnv) else None
-            where = f"environment {i}"
-            if isinstance(env, EpisodeSeeds):
-                where = env.before if before_reset and ended[i] else env.where()
-            value = f" of {reward[i]:g}" if what == "a reward" else ""
-            after = f"{what}{value} is not finite in float32 after {step} environment steps"
-            raise NonFiniteError(f"{after}: {where}")

@@ -4,13 +4,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from agents.environments import Interface, fault, make_env, observed, stepped
+from agents.environments import Interface
+from agents.players import Players, Slots
 
 MAX_STEPS = 100_000
 """Steps after which an evaluation episode is cut, where nothing else is said."""
@@ -30,7 +30,7 @@ class Stopped(RuntimeError):
 @torch.inference_mode()
 def play(
     policy: nn.Module,
-    envs: Sequence[gym.Env[Any, Any]],
+    players: Slots | Players,
     interface: Interface,
     episode_seeds: NDArray[Any],
     device: torch.device | str = "cpu",
@@ -46,7 +46,7 @@ def play(
 
     Args:
         policy: A network with `act(obs [M, E, O])`, of M members.
-        envs: M * E environments or more.
+        players: What holds the environments.
         interface: Their sizes and action range.
         episode_seeds: [M, E], the seed of each episode.
         device: Where the policy lives.
@@ -59,45 +59,29 @@ def play(
         Stopped: `stopping` said so.
     """
     members, episodes = episode_seeds.shape
-    slots, shape = members * episodes, interface.obs_shape
-    obs = np.zeros((slots, *shape), dtype=interface.obs_dtype)
-    seeds = episode_seeds.ravel().tolist()
-
-    def where() -> str:
-        return f"step {lengths[slot] + 1} of the evaluation episode of reset(seed={seeds[slot]})"
-
-    lengths = np.zeros(slots, dtype=np.int64)
-    for slot, seed in enumerate(seeds):
-        try:
-            obs[slot] = observed(envs[slot].reset(seed=seed), shape, obs.dtype)
-        except Exception as error:
-            raise fault(error, "reset", where()) from error
-    returns = np.zeros(slots)
-    playing = np.ones(slots, dtype=bool)
+    obs = players.reset(episode_seeds.ravel().tolist())  # [M * E, O]
+    slots = len(obs)
+    returns, lengths = np.zeros(slots), np.zeros(slots, dtype=np.int64)
+    playing = np.arange(slots)
     step = 0
-    while playing.any():
+    while len(playing):
         if stopping():
             raise Stopped("the evaluation was stopped")
         if step == max_steps:
             warnings.warn(
-                f"{int(playing.sum())} of {slots} evaluation episodes did not end in {max_steps} "
+                f"{len(playing)} of {slots} evaluation episodes did not end in {max_steps} "
                 "steps and were cut there",
                 stacklevel=2,
             )
             break
         step += 1
-        batch = torch.from_numpy(obs).to(device).view(members, episodes, *shape)
+        batch = torch.from_numpy(obs).to(device).view(members, episodes, *interface.obs_shape)
         action = policy.act(batch).flatten(0, 1).cpu().numpy()  # type: ignore[operator]
-        action = interface.to_env(action)
-        for slot in np.flatnonzero(playing).tolist():
-            try:
-                values = envs[slot].step(action[slot])
-                obs[slot], reward, terminated, truncated, _ = stepped(values, shape, obs.dtype)
-            except Exception as error:
-                raise fault(error, "step", where()) from error
-            returns[slot] += reward
-            lengths[slot] += 1
-            playing[slot] = not (terminated or truncated)
+        rows = players.step(interface.to_env(action)[playing])
+        obs[playing] = rows["obs"]
+        returns[playing] += rows["reward"]
+        lengths[playing] += 1
+        playing = playing[~rows["ended"]]
     by_member = (members, episodes)
     return Evaluation(returns.reshape(by_member), lengths.reshape(by_member))
 
@@ -111,6 +95,11 @@ class Evaluator:
         device: Where the policies live.
         wrap: Wrappers, as in `make_env`.
         max_steps: As in `play`.
+        processes: As in `agents.players.Players`. In others an environment is what its id and
+            wrappers say, and not what this process has done to its classes since.
+
+    Raises:
+        ValueError: `processes` is below 1.
     """
 
     def __init__(
@@ -120,12 +109,15 @@ class Evaluator:
         device: torch.device | str = "cpu",
         wrap: Sequence[str] = (),
         max_steps: int = MAX_STEPS,
+        processes: int | None = 1,
     ) -> None:
-        self.env_id, self.wrap = env_id, tuple(wrap)
+        if processes is not None and processes < 1:
+            raise ValueError(f"processes must be at least 1, or None, got {processes}")
         self.interface = interface
         self.device = torch.device(device)
         self.max_steps = max_steps
-        self.envs: list[gym.Env[Any, Any]] = []
+        slots = Slots(env_id, wrap, interface.obs_shape, interface.obs_dtype)
+        self.players = Players(slots, processes)
 
     def evaluate(
         self,
@@ -134,15 +126,9 @@ class Evaluator:
         stopping: Callable[[], bool] = lambda: False,
     ) -> Evaluation:
         """`play` the episodes of these seeds [M, E] with a policy of M members."""
-        while len(self.envs) < episode_seeds.size:
-            self.envs.append(make_env(self.env_id, self.wrap))
-        common = (self.envs, self.interface, episode_seeds, self.device, self.max_steps, stopping)
-        return play(policy, *common)
+        common = (self.players, self.interface, episode_seeds, self.device, self.max_steps)
+        return play(policy, *common, stopping)
 
     def close(self) -> None:
         """Close the environments."""
-        while self.envs:
-            try:
-                self.envs.pop().close()
-            except Exception as error:
-                raise fault(error, "close", "after evaluations") from error
+        self.players.close()

@@ -143,22 +143,25 @@ class Replay:
         members, n, obs_dim = obs.shape
         if n > self.capacity:
             raise ValueError(f"cannot add {n} transitions at once to a capacity of {self.capacity}")
-        rows = np.empty((members, n, sum(self.widths)), dtype=np.float32)
-        rows[..., :obs_dim] = obs
-        rows[..., obs_dim : -obs_dim - 2] = action.reshape(members, n, self.widths[1])
-        rows[..., -obs_dim - 2] = reward
-        rows[..., -obs_dim - 1] = terminated
-        rows[..., -obs_dim:] = next_obs
+        rows = np.empty((members, n, self.rows.shape[2]), dtype=np.float32)
+        rows[:, :, :obs_dim] = obs
+        rows[:, :, obs_dim : -obs_dim - 2] = action.reshape(members, n, self.widths[1])
+        rows[:, :, -obs_dim - 2] = reward
+        rows[:, :, -obs_dim - 1] = terminated
+        rows[:, :, -obs_dim:] = next_obs
         self.append(torch.from_numpy(rows))
 
     def append(self, rows: Tensor) -> None:
         """Store transitions that are rows [S, n, D] on the CPU; n is at most the capacity."""
         n, position = rows.shape[1], self.position
-        rows = self._upload(rows)
         fitting = min(n, self.capacity - position)
-        self.rows[:, position : position + fitting] = rows[:, :fitting]
+        ring: Any = self.rows
+        new: Any = self._upload(rows)
+        if ring.is_cpu:  # NumPy's slices are less work
+            ring, new = ring.numpy(), new.numpy()
+        ring[:, position : position + fitting] = new[:, :fitting]
         if fitting < n:  # the rest wraps to the start of the ring
-            self.rows[:, : n - fitting] = rows[:, fitting:]
+            ring[:, : n - fitting] = new[:, fitting:]
         self.added += n
 
     def last(self, n: int) -> Tensor:

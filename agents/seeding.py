@@ -96,7 +96,8 @@ class Streams:
         if self.counted:
             return self._next(law, shape)
         make = torch.randn if law == "normal" else torch.rand
-        return torch.stack([make(shape, generator=g) for g in self._generators])
+        draws = [make(shape, generator=g) for g in self._generators]
+        return torch.stack(draws) if len(draws) > 1 else draws[0].unsqueeze(0)
 
     def below(self, high: int, calls: int, size: int) -> Tensor:
         """What so many calls for `size` integers from [0, high) give: [calls, S, size]."""

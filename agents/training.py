@@ -13,15 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.agent import Agent, AgentConfig, check
-from agents.environments import (
-    EnvironmentFault,
-    autoreset_of,
-    finite,
-    finite_reward,
-    interface,
-    require_finite,
-    vector_env,
-)
+from agents.environments import EnvironmentFault, interface
 from agents.evaluation import MAX_STEPS, Evaluation, Evaluator, Stopped
 from agents.learner import Learner
 from agents.networks import stack_members
@@ -31,6 +23,7 @@ from agents.presets import ALGORITHMS
 from agents.program import build_for, require_compiler
 from agents.replay import Replay, Upload
 from agents.seeding import Purpose, Streams, episode_seed, evaluation_seeds
+from agents.vector import autoreset_of, finite, finite_reward, require_finite, vector_env
 
 EPISODES_SHOWN = 10_000
 """Points in a curve of training episodes beyond which some are left out."""
@@ -64,6 +57,10 @@ class TrainConfig:
     """environment steps between two evaluations; None: a twentieth of all; 0: there are none"""
     eval_episodes: int = 20
     """episodes in an evaluation"""
+    eval_processes: int | None = 1
+    """processes that play them, the run's own included. None: once they take long, as many as there
+    are idle cores, if so many pay. The numbers are the same; in other processes an environment is
+    what its name and wrappers say, without what has been done to its classes since"""
     max_episode_steps: int = MAX_STEPS
     """steps after which an evaluation episode that has not ended is cut"""
     wrap: tuple[str, ...] = ()
@@ -206,7 +203,12 @@ class Training:
         self.rates = [(o, o.param_groups[0]["lr"]) for o in self.agent.descent.optimizers.values()]
 
         self.evaluator = Evaluator(
-            config.env_id, self.interface, self.device, config.wrap, config.max_episode_steps
+            config.env_id,
+            self.interface,
+            self.device,
+            config.wrap,
+            config.max_episode_steps,
+            config.eval_processes,
         )
         twentieth = max(1, config.total_steps // 20)
         self.eval_every = twentieth if config.eval_every is None else config.eval_every
@@ -373,7 +375,7 @@ class Training:
         )
         self.obs = next_obs = self._observations(observed)
         ended = terminated | truncated
-        some_ended = bool(ended.any())
+        some_ended = np.count_nonzero(ended) > 0
         real = np.ones(len(ended), dtype=bool)
         if self.autoreset == AutoresetMode.NEXT_STEP:
             real = ~self.ended  # the step after an end only resets: it is no transition at all
@@ -395,19 +397,16 @@ class Training:
             reward = np.nan_to_num(reward, posinf=0, neginf=0)
         else:
             require_finite(self.envs, self.step, self.obs, next_obs, reward, ended)
-        if stored.any():
-            kept: Any = slice(None) if stored.all() else stored  # else of one seed
+        if count := np.count_nonzero(stored):
             by_seed = action.shape[:2]
-            self.replay.add(
-                obs[:, kept],
-                action[:, kept],
-                reward.reshape(by_seed)[:, kept],
-                terminated.reshape(by_seed)[:, kept],
-                next_obs[:, kept],
-            )
-        self.step += int(real.sum()) // len(self.seeds)
-        self.episode_return[real] += reward[real]
-        self.episode_length[real] += 1
+            ends = reward.reshape(by_seed), terminated.reshape(by_seed)
+            transitions: Any = (obs, action, *ends, next_obs)
+            if count < len(stored):  # of one seed
+                transitions = [field[:, stored] for field in transitions]
+            self.replay.add(*transitions)
+        self.step += int(np.count_nonzero(real)) // len(self.seeds)
+        np.add(self.episode_return, reward, out=self.episode_return, where=real)
+        self.episode_length += real
         self.ended = ended
         if some_ended:
             self._finish_episodes()
@@ -491,9 +490,14 @@ class Training:
                     )
 
     def _observations(self, observed: NDArray[Any]) -> NDArray[Any]:
-        with np.errstate(over="ignore"):  # what is infinite in float32 is looked for afterwards
-            obs = np.array(observed, dtype=self.interface.obs_dtype)  # a copy
-        return obs.reshape(len(self.seeds), self.config.n_envs, *self.interface.obs_shape)
+        dtype, shape = self.interface.obs_dtype, self.interface.obs_shape
+        observed = np.asarray(observed)
+        if observed.dtype == dtype:
+            obs = observed.copy()
+        else:
+            with np.errstate(over="ignore"):  # what is infinite in float32 is looked for later
+                obs = np.array(observed, dtype=dtype)
+        return obs.reshape(len(self.seeds), self.config.n_envs, *shape)
 
 
 def _check_seeds(seeds: tuple[int, ...], logs: tuple[Log, ...], own_envs: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers
 from polyak_rl.guard import (
+    Call,
     Guard,
     all_finite,
     check_guard,
@@ -155,22 +156,23 @@ class AverageBank(Averages[str]):
                 CUDA graph is captured.
             ValueError: the network has other names or shapes than before.
         """
-        if self._prepare(self.clock + 1):
-            self.clock += 1  # from here on the iterate is in
-        else:
+        if self._prepare(self.clock + 1) is None:
             self.skipped += 1
+        else:
+            self.clock += 1  # from here on the iterate is in
 
-    def _prepare(self, clock: int) -> bool:
+    def _prepare(self, clock: int) -> list[Call] | None:
         """Put all that belongs to a clock where it is seen only once the clock has come there.
 
-        False where the guard leaves it out.
+        Returns:
+            As of a timeline: no calls are left; None where the guard leaves the iterate out.
         """
         refuse_capture("AverageBank.update()", _BETWEEN_REPLAYS)
         vector = self._vector
         vector.require_online("AverageBank.update()")
         k, rest = divmod(clock, self.every)
         if rest:
-            return True
+            return []
         vector.follow()
         if self._device is not vector.device:
             self._move()
@@ -180,12 +182,12 @@ class AverageBank(Averages[str]):
         row, views = self._cells[at]
         vector.read(row, views)
         if self._guarded and not all_finite([row]):
-            return False
+            return None
         for name, window in self._windows.items():
             if window.fires(k, self.every):
                 ring = self._rings[name]
                 ring[(self._fired(window, k) - 1) % len(ring)].copy_(row)
-        return True
+        return []
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -1,10 +1,11 @@
-"""Keep out what must not be in: NaN and Inf, captured graphs, damaged states."""
+"""Keep out what must not be in: NaN and Inf, captured graphs, damaged states, interrupts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import call
 from typing import Literal, TypeAlias
 
 import torch
@@ -71,6 +72,22 @@ def refuse_capture(what: str, instead: str) -> None:
             f"{what} cannot be captured in a CUDA graph: its clock moves on the host, and a replay "
             f"would not advance it. {instead}"
         )
+
+
+Call: TypeAlias = Callable[[], object]
+
+
+def at_once(calls: Iterable[Call]) -> None:
+    """Make calls of C functions in one call of C: an interrupt comes before all or after all.
+
+    Example:
+        >>> from functools import partial
+        >>> numbers = []
+        >>> at_once([partial(numbers.append, 1), partial(numbers.append, 2)])
+        >>> numbers
+        [1, 2]
+    """
+    [*map(call, calls)]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from polyak_rl.average import AverageBank
 from polyak_rl.buffers import Buffers
 from polyak_rl.files import write_whole
-from polyak_rl.guard import Guard, damage_is_a_value_error
+from polyak_rl.guard import Call, Guard, at_once, damage_is_a_value_error
 from polyak_rl.rules import Rule, Stretch, describe_rule, rule_from
 from polyak_rl.timeline import Timeline, read_state
 from polyak_rl.vector import Averages
@@ -138,11 +139,17 @@ class PolicyAverages(Averages["str | Rule"]):
             ValueError: the network has other names or shapes than before.
         """
         first, last = self._keepers()[0], self._keepers()[-1]
-        # One line of stores: no call and no jump lies between them, where an interrupt could be.
-        if all(keeper._prepare(first.clock + 1) for keeper in self._keepers()):
-            first.clock = last.clock = first.clock + 1
-        else:
-            first.skipped = last.skipped = first.skipped + 1
+        clock = first.clock + 1
+        calls: list[Call] = []
+        for keeper in self._keepers():
+            prepared = keeper._prepare(clock)
+            if prepared is None:
+                # One line of stores: no call and no jump lies between, where an interrupt could be.
+                first.skipped = last.skipped = first.skipped + 1
+                return
+            calls += prepared
+        calls += [partial(setattr, keeper, "clock", clock) for keeper in self._keepers()]
+        at_once(calls)
 
     def ready(self, which: str | Rule) -> bool:
         """True where an average can be given now; False while the timeline is too coarse for it.

@@ -35,7 +35,7 @@ from polyak_rl.pairing import (
     walk,
 )
 from polyak_rl.rules import require_int
-from polyak_rl.update import Call, Plan, Tau, Terms, check_tau, terms_of
+from polyak_rl.update import Plan, Tau, Terms, check_tau, terms_of
 
 
 def soft_update(
@@ -365,12 +365,11 @@ class TargetNetwork(nn.Module):
                 f"every={self.every} and guard={'finite' if self._guarded else None!r}: a replay "
                 "neither counts nor reads"
             )
-        if compiling:
-            count: Call = partial(self._traced_clock.add_, 1)
-        else:  # an assignment would pass nn.Module's checks, at 1.4 us
-            count = partial(setitem, self.__dict__, "_clock", self._clock + 1)
         if self.every != 1 and (self.clock + 1) % self.every:
-            count()
+            if compiling:
+                self._traced_clock.add_(1)
+            else:  # an assignment would pass nn.Module's checks, at 1.4 us
+                self.__dict__["_clock"] = self._clock + 1
             return
         plan = self._plan
         if compiling or isinstance(plan, _Unplanned) or not plan.intact():
@@ -380,7 +379,10 @@ class TargetNetwork(nn.Module):
         ):
             self.skipped += 1
             return
-        plan.apply(count)
+        if compiling:
+            plan.apply(partial(self._traced_clock.add_, 1))
+        else:
+            plan.apply(partial(setitem, self.__dict__, "_clock", self._clock + 1))
 
     def sync(self) -> None:
         """Copy the online network now, bit for bit, whatever tau is; the clock goes on."""

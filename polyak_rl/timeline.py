@@ -6,6 +6,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from polyak_rl.buffers import Buffers
 from polyak_rl.files import verify_archive, write_whole
 from polyak_rl.guard import (
+    Call,
     Guard,
     all_finite,
+    at_once,
     check_guard,
     damage_is_a_value_error,
     refuse_capture,
@@ -157,37 +160,35 @@ class Timeline(Averages[Rule]):
                 graph is captured.
             ValueError: the network has other names or shapes than before.
         """
-        if self._prepare(self.clock + 1):
-            self.clock += 1  # from here on the iterate is in
-        else:
+        last = self._prepare(self.clock + 1)
+        if last is None:
             self.skipped += 1
+        else:
+            at_once([*last, partial(setattr, self, "clock", self.clock + 1)])
 
-    def _prepare(self, clock: int) -> bool:
-        """Put all that belongs to a clock where it is seen only once the clock has come there.
+    def _prepare(self, clock: int) -> list[Call] | None:
+        """Make ready for a clock what is seen only once the clock has come there.
 
-        False where the guard leaves it out.
+        Returns:
+            The calls that are left to make at once with the clock's; None where the guard leaves
+            the iterate out.
         """
         refuse_capture("Timeline.record()", "Call it between replays")
         vector = self._vector
         vector.require_online("Timeline.record()")
         k, rest = divmod(clock, self.every)
         if rest:
-            return True
+            return []
         vector.follow()
         if self._device is not vector.device:
             self._move()
         closed = self._settle()
-        # The sum of the open segment goes from one row to the other.
-        total, views = self._sums[k % 2]
-        if k - 1 == closed.last:
-            vector.read(total, views)
-            return not self._guarded or all_finite([total])
-        now, views = self._sums[2]
-        vector.read(now, views)
+        begins = k - 1 == closed.last  # a segment: what the sum holds is of the one before
+        now = self._sum if begins else self._now
+        vector.read(now, self._views[0 if begins else 1])
         if self._guarded and not all_finite([now]):
-            return False
-        torch.add(self._sums[(k - 1) % 2][0], now, out=total)
-        return True
+            return None
+        return [] if begins else [partial(self._sum.add_, now)]
 
     @property
     def updates(self) -> int:
@@ -306,13 +307,14 @@ class Timeline(Averages[Rule]):
         new._closed = self._close_at(ends, length, start)
         for row, mean in zip(new._rows(), means, strict=True):
             new._means[row] = mean
-        new._sums[clock // self.every % 2][0].copy_(total)
+        new._sum.copy_(total)
         new.clock, new.skipped = clock, skipped
         return vars(new)
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of the sums, which a pickle would part from them, are made anew.
-        return {key: x for key, x in vars(self).items() if key != "_sums"}
+        views = ("_sum", "_now", "_views")
+        return {key: x for key, x in vars(self).items() if key not in views}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -376,11 +378,6 @@ class Timeline(Averages[Rule]):
                 view.copy_(mine[index : index + 1])
         return one
 
-    @property
-    def _sum(self) -> Tensor:
-        """Of the iterates in the open segment; anything where there are none."""
-        return self._sums[self.updates % 2][0]
-
     def _rows(self) -> list[int]:
         """Where the mean of each closed segment lies."""
         return [row for run in self._closed.runs(len(self._means)) for row in run]
@@ -396,7 +393,7 @@ class Timeline(Averages[Rule]):
         """End the open segment, which changes no average."""
         ends, before, length, _, start, _ = self._closed
         row = self._means[(start + len(ends)) % len(self._means)]
-        torch.div(self._sums[last % 2][0], last - before, out=row)
+        torch.div(self._sum, last - before, out=row)
         self._closed = self._close_at([*ends, last], length, start)
         return self._closed
 
@@ -435,14 +432,14 @@ class Timeline(Averages[Rule]):
         kind: Any = {"dtype": torch.float64, "device": self._vector.device}
         # One row more than segments, so that two can be joined into a third.
         self._means = torch.zeros(self.capacity + 1, self._vector.size, **kind)
-        self._totals = torch.zeros(3, self._vector.size, **kind)  # sums, and the iterate
+        # The sum of the open segment, which is anything where there is none, and the iterate.
+        self._totals = torch.zeros(2, self._vector.size, **kind)
         self._device = self._vector.device
         self._look()
 
     def _look(self) -> None:
-        self._sums: list[tuple[Tensor, list[Tensor]]] = [
-            (row, self._vector.views(row)) for row in self._totals
-        ]
+        self._sum, self._now = self._totals
+        self._views = [self._vector.views(row) for row in self._totals]
 
     def _stretches(self) -> list[tuple[int, int]]:
         """The first and last iterate of each segment, the open one included."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 from numbers import Real
-from operator import call
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers, Treatment, by_pattern, choose_treatments
 from polyak_rl.flat import coalesce
+from polyak_rl.guard import Call, at_once
 from polyak_rl.pairing import Pair, Watch
 from polyak_rl.swap import require_online, swaps
 
 Tau: TypeAlias = float | Tensor | Mapping[str, float]
 """One number in [0, 1], a 0-dim tensor on the networks' device, or a number per name pattern."""
-
-Call: TypeAlias = Callable[[], object]
 
 
 class Terms(NamedTuple):
@@ -90,7 +88,7 @@ class Plan:
 
     def apply(self, *last: Call) -> None:
         """Move every tensor by one update, then call ``last``: all of it or nothing."""
-        self._run(self._calls, last)
+        self._run([*self._calls, *last])
 
     def copy(self) -> None:
         """Make every tensor equal to its online one, bit for bit."""
@@ -99,16 +97,16 @@ class Plan:
     def _copies(self) -> list[Call]:
         return [partial(torch._foreach_copy_, *self._copied)] if self._copied[0] else []
 
-    def _run(self, calls: list[Call], last: tuple[Call, ...] = ()) -> None:
-        self.require_online("updating a target network")
+    def _run(self, calls: list[Call]) -> None:
+        if swaps:
+            self.require_online("updating a target network")
         if self._traced:
-            for one in (*calls, *last):
+            for one in calls:
                 one()
             return
         for group in self._with_masters:
             group.notice_writes()
-        # One call of C: an interrupt is served before or after all of it, never in between.
-        [*map(call, (*calls, *last))]
+        at_once(calls)
         for group in self._with_masters:
             group.remember_writes()
 

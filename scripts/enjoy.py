@@ -18,6 +18,7 @@ from torch import nn
 
 from agents import evaluation
 from agents.environments import EnvironmentFault, make_env
+from agents.players import Slots
 from scripts.experiment.finished import FinishedRun, read
 from scripts.experiment.life import printable
 from scripts.experiment.paths import own_folder
@@ -156,9 +157,10 @@ def play(
     Yields:
         The return and length of each episode.
     """
+    face = run.interface
+    slots = Slots(run.env_id, run.wrap, face.obs_shape, face.obs_dtype, [env])
     for seed in seeds:
-        episode = np.array([[seed]])
-        played = evaluation.play(policy, [env], run.interface, episode, max_steps=run.max_steps)
+        played = evaluation.play(policy, slots, face, np.array([[seed]]), max_steps=run.max_steps)
         yield played.returns.item(), played.lengths.item()
 
 

@@ -33,13 +33,14 @@ from agents.averaging import default_rules, evaluate_averages, record_policy
 from agents.checkpoint import newest
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.environments import EnvironmentFault, flattened
+from agents.environments import EnvironmentFault
 from agents.malloc import keep_freed_memory
 from agents.nonfinite import NonFiniteError
 from agents.presets import ALGORITHMS, describe_preset, preset
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
+from agents.vector import flattened
 from polyak_rl import PolicyAverages
 from scripts.enjoy import VIDEOS, drawn_env, record
 from scripts.experiment import life, tracking
@@ -228,7 +229,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
 
     def default(algo: str) -> Options[Any]:
         agent, total_steps = preset(algo, env_id or DEFAULT_ENV[algo])
-        run = TrainConfig(env_id or DEFAULT_ENV[algo], total_steps, device="auto")
+        run = TrainConfig(
+            env_id or DEFAULT_ENV[algo], total_steps, eval_processes=None, device="auto"
+        )
         return Options(run=run, agent=agent)
 
     first = next(iter(argv), "--help")

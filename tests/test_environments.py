@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.environments import EnvironmentFault, Interface, flattened, interface, make_env
+from agents.environments import EnvironmentFault, Interface, interface, make_env
 from agents.evaluation import Evaluator
 from agents.nonfinite import NonFiniteError
 from agents.training import TrainConfig, Training
+from agents.vector import flattened
 
 DQN = DQNConfig(batch_size=8, learning_starts=10, train_every=1, hidden=(8,))
 DDPG = DDPGConfig(batch_size=8, learning_starts=10, hidden=(8,))
@@ -362,9 +363,15 @@ def test_wrappers_are_put_around_the_environment_in_order_in_training_and_evalua
     training.run()
     times = training.replay.rows[0, :5, 0]
     assert times.tolist() == [1, 3, 5, 7, 9]
-    env = training.evaluator
-    env.evaluate(training.agent.policy, np.array([[1]]))
-    assert env.envs[0].reset(seed=1)[0].tolist() == [1, 1]
+    seen = []
+
+    class Seeing(torch.nn.Module):
+        def act(self, obs):
+            seen.append(obs.tolist())
+            return torch.zeros(obs.shape[:2], dtype=torch.long)
+
+    training.evaluator.evaluate(Seeing(), np.array([[1]]))
+    assert seen == [[[[2 * time + 1] * 2]] for time in range(5)]
 
 
 @pytest.mark.parametrize(

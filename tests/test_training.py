@@ -10,12 +10,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
-from agents.environments import EpisodeSeeds
 from agents.presets import ALGORITHMS, PRESETS, preset
 from agents.sac import SACConfig
 from agents.seeding import episode_seed
 from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
+from agents.vector import EpisodeSeeds
 
 DQN_SMALL = DQNConfig(
     learning_rate=1e-2, batch_size=16, learning_starts=10, target_update_every=5, hidden=(16,)

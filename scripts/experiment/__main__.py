@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m scripts.experiment", description=__doc__)
     parser.add_argument("job", type=Path, help="the file of a job, as compare writes it")
     parser.add_argument("out", type=Path, help="the folder of run folders")
+    parser.add_argument("--eval-processes", type=int, help="as in scripts.train")
     asked = parser.parse_args(argv)
     with unfailing_output():
         try:
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.suppress(OSError), open(progress, "w", opener=no_link) as file:
                 file.write(str(step))
 
-        measurement.run(job, asked.out, report, set_up)
+        measurement.run(job, asked.out, report, set_up, asked.eval_processes)
     return 0
 
 

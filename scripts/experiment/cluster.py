@@ -75,7 +75,7 @@ def connected(
         max_calls=1,  # a process of its own for each job
     )(work)
     try:
-        yield functools.partial(Task, remote)
+        yield functools.partial(Task, remote, max(1, int(num_cpus)))
     finally:
         ray.shutdown()
 
@@ -83,10 +83,10 @@ def connected(
 class Task:
     """A job on Ray, with what `scripts.compare.execute` asks of a process."""
 
-    def __init__(self, remote: Any, job: Job, out: Path) -> None:
+    def __init__(self, remote: Any, processes: int, job: Job, out: Path) -> None:
         out = out.absolute()
         self.errors = errors_file(job, out)
-        self.ref = remote.remote(job_file(job, out), out / "runs")
+        self.ref = remote.remote(job_file(job, out), out / "runs", processes)
 
     def poll(self) -> int | None:
         """None as long as the task waits or runs, then 0, or 1 if it failed."""
@@ -110,11 +110,11 @@ class Task:
         ray.wait([self.ref], timeout=GRACE)
 
 
-def work(record: Path, out: Path) -> None:
-    """Do the job of a file on whichever machine this is."""
+def work(record: Path, out: Path, processes: int = 1) -> None:
+    """Do the job of a file on whichever machine this is, in no more processes than it was given."""
     if not record.exists():
         raise FileNotFoundError(
             f"{record} is not there on {socket.gethostname()}: --out must lie on storage that all "
             "machines share, at the same path"
         )
-    worker.main([str(record), str(out)])
+    worker.main([str(record), str(out), "--eval-processes", str(processes)])

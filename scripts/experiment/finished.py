@@ -88,7 +88,8 @@ class FinishedRun:
 
     def evaluator(self) -> Evaluator:
         """What plays episodes with its policies."""
-        return Evaluator(self.env_id, self.interface, "cpu", self.wrap, self.max_steps)
+        common = (self.env_id, self.interface, "cpu", self.wrap, self.max_steps)
+        return Evaluator(*common, processes=None)
 
     @property
     def default(self) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from agents.averaging import record_policy
 from agents.checkpoint import newest
-from agents.evaluation import Evaluation
+from agents.evaluation import Evaluation, Evaluator
 from agents.seeding import Purpose, evaluation_seeds
 from agents.training import TrainConfig, Training, crossings
 from agents.versions import commit
@@ -48,7 +48,13 @@ def set_up(job: Job, paths: list[Path], held: Hold) -> "Measurement":
     return resume(job, paths, held) or begin(job, paths, held)
 
 
-def run(job: Job, out: Path, report: Report = lambda step: None, set_up: SetUp = set_up) -> None:
+def run(
+    job: Job,
+    out: Path,
+    report: Report = lambda step: None,
+    set_up: SetUp = set_up,
+    processes: int | None = 1,
+) -> None:
     """Train a job's seeds and write a folder for each under `out`; do nothing where that is done.
 
     Args:
@@ -57,6 +63,7 @@ def run(job: Job, out: Path, report: Report = lambda step: None, set_up: SetUp =
             process makes is waited for.
         report: Called with the environment step after every thousandth of the run.
         set_up: Readies a job whose folders are held.
+        processes: That play evaluation episodes, as in `TrainConfig`.
     """
     paths = [out / name for name in job.run_names()]
     with ExitStack() as stack:
@@ -69,6 +76,7 @@ def run(job: Job, out: Path, report: Report = lambda step: None, set_up: SetUp =
             return
         measure = set_up(job, paths, held)
         stack.callback(measure.run.close)
+        measure.training.evaluator.players.processes = processes
         measure.go(report)
         for folder in measure.run.folders:
             folder.sync()
@@ -189,6 +197,11 @@ def count_rows(folder: Path) -> tuple[int, str]:
 
 class Trains(Protocol):
     """What is measured: an `agents.training.Training`, or another program's in this form."""
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Plays the episodes."""
+        ...
 
     @property
     def step(self) -> int:

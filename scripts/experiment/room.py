@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from agents.checkpoint import training_state
+from agents.presets import ALGORITHMS
 from agents.training import EPISODES_SHOWN, Training
 from polyak_rl import PolicyAverages
 from scripts.experiment.jobs import Job
-from scripts.experiment.measurement import Measurement
+from scripts.experiment.measurement import recorded
 
 POINT = 64  # bytes of a number in TensorBoard's events, and of a row in the table of evaluations
 TAGS = 16  # numbers at a reading
@@ -84,10 +85,12 @@ def size_of_jobs(jobs: Sequence[Job], workers: int, out: Path) -> int:
     for job in jobs:
         alike = dataclasses.replace(job, seeds=(0,), device="cpu")
         if repr(alike) not in sizes:
-            measure = Measurement(alike)
-            with closing(measure.training):
-                replay, state, _ = size(measure.training, measure.averages)
-            sizes[repr(alike)] = replay + state
+            sizes[repr(alike)] = 0  # of PPO nothing is kept on the way
+            if job.algo in ALGORITHMS:
+                training, averages = recorded(alike)
+                with closing(training):
+                    replay, state, _ = size(training, averages)
+                sizes[repr(alike)] = replay + state
         each.append(len(job.seeds) * sizes[repr(alike)])
     begun = sum(bytes_in(out / name) for job in jobs for name in job.run_names())
     return sum(sorted(each)[-workers:]) - begun
