@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, cast
 
 import tyro
@@ -27,8 +28,9 @@ from agents.presets import ALGORITHMS, preset
 from scripts.experiment.baseline import EPISODES, random_score
 from scripts.experiment.driver import execute, finished
 from scripts.experiment.jobs import Job, Options, check, plan
+from scripts.experiment.locks import Hold
 from scripts.experiment.results import collect
-from scripts.experiment.terminal import unfailing_output, whole_numbers
+from scripts.experiment.terminal import INTERRUPTED, unfailing_output, whole_numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,12 +65,18 @@ def defaults(words: Sequence[str]) -> Options[Any]:
 
 def command(options: Options[Any]) -> int:
     """Do what a command line asks for; returns the exit code."""
-    options = dataclasses.replace(options, out=options.out.expanduser())
+    with closing(Hold()) as held:
+        return do(dataclasses.replace(options, out=options.out.expanduser()), held)
+
+
+def do(options: Options[Any], held: Hold) -> int:
+    """Do it while nobody else writes to the output folder, which `held` takes."""
     try:
         jobs = plan(options)
         check(jobs)
         scores = scale(options)
         options.out.mkdir(parents=True, exist_ok=True)
+        held.take(options.out)  # one driver: two would wait for each other's runs
         missing = [job for job in jobs if not finished(job, options.out)]
         if options.ray is not None:
             importlib.import_module("scripts.experiment.cluster")  # not only when it is needed
@@ -92,7 +100,7 @@ def command(options: Options[Any]) -> int:
         return 1
     except KeyboardInterrupt:
         print("Stopped; start again to go on.")
-        return 130
+        return INTERRUPTED
     runs = sum(len(job.seeds) for job in jobs)
     print(f"{runs} runs, {len(failed)} jobs failed. Results: {options.out / 'results'}")
     print(f"Report: python -m scripts.report {options.out / 'results'}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyak_rl.files import write_whole
+from polyak_rl.files import remove_partial, write_whole
 from scripts.experiment.jobs import Job, read_job
 from scripts.experiment.measurement import END, ending
 from scripts.experiment.run_folder import TABLE
@@ -20,6 +20,8 @@ COLUMNS = ("run", "env", "algo", "seed", "variant", "scheme", "step", "episode",
 
 def collect(out: Path, scores: Mapping[str, Sequence[float]] | None = None) -> None:
     """Write the results of all finished runs, and what became of every planned one.
+
+    Nobody else writes to `out`, but for workers to the folders of their runs.
 
     Args:
         out: As in `Options`.
@@ -31,6 +33,8 @@ def collect(out: Path, scores: Mapping[str, Sequence[float]] | None = None) -> N
     """
     folder = out / "results"
     folder.mkdir(exist_ok=True)
+    for place in (folder, out / "jobs"):
+        remove_partial(place)
     records = []
     # No name and no time in the archive: the same runs give the same bytes.
     with (
