@@ -77,7 +77,8 @@ def execute(
     """
     waiting, failed = list(jobs), []
     tries = dict.fromkeys(map(id, jobs), 0)
-    running: dict[Process, tuple[Job, Any]] = {}
+    running: dict[Process, Job] = {}
+    bars: dict[Process, Any] = {}  # of those that have come to a step
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,22 +93,25 @@ def execute(
             while waiting and len(running) < workers and not interrupted:
                 job = waiting.pop(0)
                 tries[id(job)] += 1
-                bar = progress.add_task(f"  {job.run_names()[0]}", total=job.steps(), visible=False)
                 prepare(job, out)
-                running[(begin or start)(job, out)] = (job, bar)
+                running[(begin or start)(job, out)] = job
             time.sleep(0.2)
             if interrupted:
                 raise KeyboardInterrupt
             under_way = 0
-            for process, (job, bar) in list(running.items()):
-                step = reached(job, out)
-                progress.update(bar, completed=step, visible=step > 0)
+            for process, job in list(running.items()):
+                name = job.run_names()[0]
+                if step := reached(job, out):
+                    if process not in bars:
+                        bars[process] = progress.add_task(f"  {name}", total=job.steps())
+                    progress.update(bars[process], completed=step)
                 code = process.poll()
                 if code is None:
                     under_way += step * len(job.seeds)
                     continue
                 del running[process]
-                progress.remove_task(bar)
+                if process in bars:
+                    progress.remove_task(bars.pop(process))
                 if code == 0:
                     done += job.steps() * len(job.seeds)
                 elif (code < 0 or code == INTERRUPTED) and tries[id(job)] < TRIES:
@@ -115,7 +119,7 @@ def execute(
                 else:
                     failed.append(job)
                     note_crash(job, out)
-                    progress.print(f"failed: {job.run_names()[0]}, see its stderr.txt")
+                    progress.print(f"failed: {name}, see its stderr.txt")
             progress.update(everything, completed=done + under_way)
     return failed
 
@@ -177,19 +181,12 @@ def _terminates(running: dict[Any, Any]) -> Iterator[list[int]]:
         in a callback of Ray's for example, or leave a process behind; a second signal takes that
         chance.
     """
-    came: list[int] = []
-
-    def stop(signum: int, frame: Any) -> None:
-        came.append(signum)
-        if len(came) > 1:
-            raise KeyboardInterrupt
-
-    with stop_signals(stop):
+    with stop_signals() as came:
         try:
             yield came
         finally:
-            came.clear()  # whoever presses twice at once still has all of them ended
             for process in running:
+                came.clear()  # whoever presses again still has all of them ended
                 process.terminate()
             for process in running:
                 process.wait()

@@ -280,15 +280,7 @@ def stops_when_asked(training: Training) -> Iterator[list[int]]:
     Yields:
         The signals that came.
     """
-    came: list[int] = []
-
-    def stop(signum: int, frame: Any) -> None:
-        came.append(signum)
-        if training.stopping:
-            raise KeyboardInterrupt
-        training.stopping = True
-
-    with stop_signals(stop):
+    with stop_signals(lambda: setattr(training, "stopping", True)) as came:
         yield came
 
 

@@ -30,14 +30,30 @@ def whole_numbers(argv: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def stop_signals(stop: Callable[[int, Any], None]) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and the end of the terminal (unless under nohup) call a function."""
+def stop_signals(stop: Callable[[], object] = lambda: None) -> Iterator[list[int]]:
+    """Inside, Ctrl-C, SIGTERM and the end of the terminal (unless under nohup) are asked to wait.
+
+    Args:
+        stop: Called when one comes. After one, Ctrl-C or SIGTERM raises KeyboardInterrupt; the end
+            of a terminal does not, since it comes twice, from the shell and from the kernel.
+
+    Yields:
+        The signals that came.
+    """
+    came: list[int] = []
     signals = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signals.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, stop) for number in signals}
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        stop()
+        if len(came) > 1 and number in signals[:2]:
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, handle) for number in signals}
     try:
-        yield
+        yield came
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
