@@ -57,6 +57,28 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+def remove_partial(folder: str | os.PathLike[str]) -> None:
+    """Remove what writers of :func:`write_whole` that were killed have left in a folder.
+
+    Args:
+        folder: one that nobody writes to now; what is in its folders stays.
+
+    Raises:
+        OSError: something cannot be removed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "numbers.0123456789abcdef.partial").touch()
+        ...     Path(folder, "film.partial").touch()
+        ...     remove_partial(folder)
+        ...     print(*(path.name for path in Path(folder).iterdir()))
+        film.partial
+    """
+    for path in Path(folder).glob(f"*.{'[0-9a-f]' * 16}.partial"):
+        path.unlink(missing_ok=True)
+
+
 def verify_archive(path: str | os.PathLike[str]) -> None:
     """Compare what a file of ``torch.save`` holds with the checksums that are in it.
 

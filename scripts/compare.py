@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,10 +29,11 @@ from agents.presets import ALGORITHMS, preset
 from scripts.experiment.baseline import EPISODES, random_score
 from scripts.experiment.driver import execute, finished
 from scripts.experiment.jobs import Job, Options, check, plan
+from scripts.experiment.locks import Hold
 from scripts.experiment.paths import make_folder
 from scripts.experiment.results import collect
 from scripts.experiment.room import require_room, size_of_jobs
-from scripts.experiment.terminal import unfailing_output, whole_numbers
+from scripts.experiment.terminal import INTERRUPTED, unfailing_output, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,12 @@ def defaults(words: Sequence[str]) -> Options[Any]:
 
 def command(options: Options[Any]) -> int:
     """Do what a command line asks for; returns the exit code."""
-    options = dataclasses.replace(options, out=options.out.expanduser())
+    with closing(Hold()) as held:
+        return do(dataclasses.replace(options, out=options.out.expanduser()), held)
+
+
+def do(options: Options[Any], held: Hold) -> int:
+    """Do it while nobody else writes to the output folder, which `held` takes."""
     try:
         jobs = plan(options)
         check(jobs)
@@ -86,6 +93,7 @@ def command(options: Options[Any]) -> int:
         needed = size_of_jobs(missing, options.workers, options.out / "runs")
         require_room(options.out, needed, "make room, or give another --out or fewer --workers")
         make_folder(options.out)
+        held.take(options.out)  # one driver: two would wait for each other's runs
         if options.ray is not None:
             importlib.import_module("scripts.experiment.cluster")  # not only when it is needed
         if any(job.algo == "ppo" for job in missing):
@@ -110,7 +118,7 @@ def command(options: Options[Any]) -> int:
         return 1
     except KeyboardInterrupt:
         print("Stopped; start again to go on.")
-        return 130
+        return INTERRUPTED
     runs = sum(len(job.seeds) for job in jobs)
     print(f"{runs} runs, {len(failed)} jobs failed. Results: {options.out / 'results'}")
     print(f"Report: python -m scripts.report {options.out / 'results'}")

@@ -69,6 +69,7 @@ def command(options: Options) -> int:
             first = first_episode(run.path, options.again)
             numbers = range(first, first + options.episodes)
             returns = evaluate(run, rules, numbers)
+            held.check()
             call = note_call(run.path, "posthoc", first, len(numbers))
             path = run.path / "posthoc.csv"
             text = StringIO()

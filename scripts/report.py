@@ -24,6 +24,7 @@ import tyro
 from scripts.experiment.replay import replay
 from scripts.experiment.report import write_report
 from scripts.experiment.schemes import PRIMARY
+from scripts.experiment.terminal import unfailing_output
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,13 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.report", description=__doc__)
+    with unfailing_output():
+        prog = "python -m scripts.report"
+        return command(tyro.cli(Options, args=argv, prog=prog, description=__doc__))
+
+
+def command(options: Options) -> int:
+    """Do what a command line asks for; returns the exit code."""
     try:
         page = write_report(
             options.results,

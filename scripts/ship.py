@@ -66,9 +66,9 @@ def command(options: Options) -> int:
             new_folder(options.folder)
         with closing(Hold()) as held:
             held.take(run.path)
-            choice = ship(run, options.episodes, options.criterion, options.again)
-        if options.folder:
-            hand_over(run, options.folder)
+            choice = ship(run, options.episodes, options.criterion, options.again, held.check)
+            if options.folder:
+                hand_over(run, options.folder)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

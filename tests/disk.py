@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -20,7 +21,7 @@ class Disk:
     """The part of the file system under a folder, as one process writes to it.
 
     Every call that changes something there, or brings it to the disk, is counted: opening for
-    writing, write, fsync, rename, unlink, mkdir, rmdir.
+    writing, write, fsync, rename, unlink, mkdir, rmdir. What is there already has been synced.
 
     Args:
         root: The folder.
@@ -38,7 +39,8 @@ class Disk:
     def __init__(self, root: Path, before: Callable[[int, str], None] | None = None) -> None:
         self.root, self.before = root, before
         self.calls: list[str] = []
-        self.synced: dict[int, bytes] = {}  # by inode
+        files = [path for path in root.rglob("*") if path.is_file()]
+        self.synced = {path.stat().st_ino: path.read_bytes() for path in files}  # by inode
         self.killed: dict[str, Tree] = {}
         self.lost: dict[str, Tree] = {}
 
@@ -134,6 +136,20 @@ class _File(io.FileIO):
         if half and not self.disk.before:
             self.disk.remember()
         return half + (super().write(data[half:]) or 0)
+
+
+class Fault:
+    """For `Disk`: fails at a call with an error, once or from then on."""
+
+    def __init__(self, at: int, number: int, *, stays: bool) -> None:
+        self.at, self.number, self.stays = at, number, stays
+
+    def __call__(self, call: int, name: str) -> None:
+        """A full disk can be emptied, one that is read-only cannot."""
+        grows = name in ("open", "write", "fsync", "mkdir", "replace")
+        due = call == self.at or (self.stays and call > self.at)
+        if due and (grows or self.number == errno.EROFS):
+            raise OSError(self.number, os.strerror(self.number))
 
 
 def lay_out(tree: Tree, root: Path) -> None:

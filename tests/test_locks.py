@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -59,17 +60,44 @@ def test_a_folder_has_one_writer_who_is_named_and_is_free_when_that_one_is_kille
     assert capsys.readouterr().err.count("waiting: ") == 1
 
 
-def test_a_folder_that_was_deleted_or_made_anew_is_noticed(tmp_path):
+@pytest.mark.parametrize("how", ["deleted", "moved", "another", "another with a lock"])
+def test_a_folder_that_is_not_the_one_that_was_taken_is_noticed(how, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     with closing(Hold()) as hold:
         hold.take(folder)
-        (folder / LOCK).unlink()
-        with pytest.raises(OSError, match="the run's folder was deleted or replaced"):
+        hold.check()
+        if how == "moved":
+            folder.rename(tmp_path / "away")
+        else:
+            shutil.rmtree(folder)
+        if "another" in how:
+            folder.mkdir()
+        if "lock" in how:
+            (folder / LOCK).touch()
+        with pytest.raises(FileNotFoundError, match="the folder was deleted, moved or replaced"):
             hold.check()
-        (folder / LOCK).touch()
-        with pytest.raises(OSError, match="the run's folder was deleted or replaced"):
+
+
+def test_a_lock_that_was_removed_is_made_anew_unless_another_has_the_folder_since(tmp_path):
+    with closing(Hold()) as hold, closing(Hold()) as other:
+        hold.take(tmp_path)
+        (tmp_path / LOCK).unlink()
+        hold.check()
+        with pytest.raises(HeldError):
+            other.take(tmp_path)
+        (tmp_path / LOCK).unlink()
+        other.take(tmp_path)
+        with pytest.raises(HeldError, match="is in use by another process"):
             hold.check()
+
+
+def test_whoever_takes_a_folder_removes_what_a_killed_writer_left_half_written(tmp_path):
+    (tmp_path / "policy.pt.0123456789abcdef.partial").touch()
+    (tmp_path / "film.partial").touch()
+    with closing(Hold()) as hold:
+        hold.take(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "film.partial"}
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])

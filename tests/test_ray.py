@@ -1,10 +1,13 @@
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scripts import compare, experiment
@@ -18,6 +21,7 @@ from tests.test_experiment import resumed_at
 
 pytest.importorskip("ray")
 
+import ray
 from ray.cluster_utils import Cluster
 
 from scripts.experiment import cluster
@@ -77,6 +81,71 @@ def test_a_node_that_dies_changes_no_number(tmp_path, whole):
     collect(tmp_path)
     assert results(tmp_path) == whole
     assert len(resumed_at(JOB, tmp_path / "runs")) == 1
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from scripts.experiment import cluster, driver
+from scripts.experiment.jobs import read_job
+address, job, out = sys.argv[1:]
+with cluster.connected(address, workers=1, num_cpus=1, num_gpus=0) as begin:
+    driver.execute([read_job(Path(job))], Path(out), 1, begin)
+"""
+
+
+def start_driver(address, out):
+    """A driver in a process of its own, whose job has come to its first checkpoint."""
+    driver.prepare(JOB, out)
+    words = [sys.executable, "-c", DRIVER, address, str(driver.job_file(JOB, out)), str(out)]
+    process = subprocess.Popen(words, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+    wait_for_a_checkpoint(out)
+    return process
+
+
+@pytest.mark.full
+def test_a_driver_that_is_killed_leaves_no_task_and_another_goes_on(tmp_path, whole):
+    nodes = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False, **STORE})
+    try:
+        process = start_driver(nodes.address, tmp_path)
+        process.kill()
+        process.wait()
+        with on_ray(nodes.address) as begin:
+            assert driver.execute([JOB], tmp_path, 1, begin) == []
+    finally:
+        nodes.shutdown()
+    collect(tmp_path)
+    assert results(tmp_path) == whole
+    assert len(resumed_at(JOB, tmp_path / "runs")) == 1
+
+
+@pytest.mark.full
+def test_a_head_node_that_is_killed_ends_the_driver_and_costs_nothing(tmp_path, whole, monkeypatch):
+    """Its tasks go on until they notice; whoever comes next waits for them."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
+    nodes = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, **STORE})
+    nodes.add_node(num_cpus=1, **STORE)
+    try:
+        process = start_driver(nodes.address, tmp_path)
+        nodes.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        assert process.wait() != 0
+        assert driver.execute([JOB], tmp_path, 1) == []
+    finally:
+        for node in [*nodes.worker_nodes]:
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+    collect(tmp_path)
+    assert results(tmp_path) == whole
+
+
+@pytest.mark.full
+def test_an_object_store_that_is_full_is_in_nobodys_way(tmp_path, whole):
+    with on_ray("local") as begin:
+        most = ray.cluster_resources()["object_store_memory"]
+        held = [ray.put(np.zeros(2**20)) for _ in range(int(3 * most / 2**23))]  # 8 MiB each
+        assert driver.execute([JOB], tmp_path, 1, begin) == []
+        assert held
+    collect(tmp_path)
+    assert results(tmp_path) == whole
 
 
 @pytest.mark.full

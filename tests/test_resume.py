@@ -526,7 +526,7 @@ def test_a_run_whose_folder_is_deleted_ends_at_its_next_file_and_says_so(
     monkeypatch.setattr(Training, "advance", deleted)
     assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 1
     err = capsys.readouterr().err.splitlines()
-    assert "was not written: [Errno 2] the run's folder was deleted or replaced" in err[0]
+    assert "was not written: [Errno 2] the folder was deleted, moved or replaced" in err[0]
     assert err[-2].startswith("error: [Errno 2] No such file or directory")
     assert err[-1].endswith("is gone: there is nothing to go on from.")
     assert not [*tmp_path.iterdir()]

@@ -1,5 +1,8 @@
 import csv
+import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -18,6 +21,7 @@ from scripts import enjoy, posthoc, ship, train
 from scripts.experiment import shipping
 from scripts.experiment.episodes import first_episode, note_call, seeds_of
 from scripts.experiment.finished import read
+from tests.disk import Disk, Fault, lay_out
 from tests.test_resume import killed_at
 from tests.test_terminal import ERRORS, Dead
 
@@ -352,19 +356,85 @@ def test_weights_that_are_not_those_of_the_record_are_not_played(run, capsys):
     assert "the target actor was not kept" in capsys.readouterr().err
 
 
-def test_until_the_record_is_written_nothing_counts_as_shipped(run, monkeypatch, capsys):
+def choosing_last(monkeypatch):
+    """Let the next call ship other weights than the one before."""
+    choose = shipping.choose
+
+    def chosen(*args, **options):
+        return dataclasses.replace(choose(*args, **options), winner="last")
+
+    monkeypatch.setattr(shipping, "choose", chosen)
+
+
+@pytest.mark.parametrize("how", ["killed", "lost"])
+def test_shipping_that_ends_at_any_call_leaves_the_earlier_choice_or_the_new_one(
+    how, run, tmp_path, monkeypatch
+):
     assert ship.main([str(run), "--episodes", "0"]) == 0
+    trained = {name: (run / name).read_bytes() for name in ("policy.pt", "timeline.pt")}
+    before = read(run).weights("shipped")
+    with monkeypatch.context() as patch, Disk(run).mounted() as disk:
+        choosing_last(patch)
+        assert ship.main([str(run), "--episodes", "0"]) == 0
+        disk.remember()
+    seen = set()
+    for number, state in enumerate(getattr(disk, how).values()):
+        folder = tmp_path / str(number)
+        lay_out(state, folder)
+        found = read(folder)
+        assert found.default == "shipped"
+        try:
+            winner = found.choice["choice"]["winner"]
+            expected = found.weights("last") if winner == "last" else before
+            assert same(found.weights("shipped"), expected)
+        except ValueError as error:
+            winner = str(error).rpartition("/")[2]
+        seen.add(winner)
+        assert {name: (folder / name).read_bytes() for name in trained} == trained
+        if number % 4:
+            continue
+        assert posthoc.main([str(folder), "--episodes", "2"]) == 0
+        assert not [*folder.glob("*.partial")]
+        assert ship.main([str(folder), "--episodes", "0"]) == 0
+        assert read(folder).choice["choice"]["winner"] == "tail25"
+    neither = "shipped.pt is not what shipped.json is about: ship once more"
+    assert seen == {"tail25", "last", neither}
 
-    def full(path):
-        if path.name == "shipped.json":
-            raise OSError(28, "No space left on device")
-        return whole(path)
 
-    whole = shipping.write_whole
-    monkeypatch.setattr(shipping, "write_whole", full)
-    assert ship.main([str(run), "--episodes", "0"]) == 2
-    assert "No space left" in capsys.readouterr().err
-    assert read(run).default == "last"
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_what_was_shipped_stays_where_no_other_can_be_written(number, run, monkeypatch, capsys):
+    assert ship.main([str(run), "--episodes", "0"]) == 0
+    with Disk(run).mounted() as disk:
+        assert ship.main([str(run), "--episodes", "0"]) == 0
+    choosing_last(monkeypatch)
+    last = len(disk.calls) - disk.calls[::-1].index("write")  # of shipped.pt
+    for at in range(1, last + 1):
+        with Disk(run, Fault(at, number, stays=True)).mounted():
+            assert ship.main([str(run), "--episodes", "0"]) == 2
+        assert os.strerror(number) in capsys.readouterr().err
+        assert read(run).choice["choice"]["winner"] == "tail25"
+
+
+@pytest.mark.parametrize("script", [ship, posthoc])
+def test_a_folder_that_is_another_by_the_end_of_the_playing_is_left_alone(
+    script, run, tmp_path, monkeypatch, capsys
+):
+    evaluate = Evaluator.evaluate
+
+    def exchange(self, *args):
+        if not (tmp_path / "away").exists():
+            run.rename(tmp_path / "away")
+            shutil.copytree(tmp_path / "away", run)
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(Evaluator, "evaluate", exchange)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert script.main([str(run), "--episodes", "29"]) == 2
+    assert "the folder was deleted, moved or replaced" in capsys.readouterr().err
+    del before["lock"]
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    del after["lock"]
+    assert after == before
 
 
 def test_the_end_of_a_longer_run_removes_what_was_shipped_of_an_earlier_one(tmp_path, monkeypatch):

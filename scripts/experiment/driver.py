@@ -1,7 +1,6 @@
 """Does the jobs of the comparison, several at a time, each in a process of its own."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from polyak_rl.files import write_whole
 from scripts.experiment.jobs import Job, plain, read_job, write_job
+from scripts.experiment.life import CHECKPOINT
 from scripts.experiment.measurement import ending
+from scripts.experiment.terminal import INTERRUPTED, stop_signals
 
 TRIES = 3  # of a run that is killed
 
@@ -22,22 +23,26 @@ TRIES = 3  # of a run that is killed
 def finished(job: Job, out: Path) -> bool:
     """Whether every run of a job is done, with these very settings, and left what it said.
 
-    The job's file is written again if it was damaged.
+    The job's file is written again where it is damaged, or says something else than the runs.
 
     Raises:
-        ValueError: It was done with other settings.
+        ValueError: It was done, or begun, with other settings.
     """
-    if not all(ending(out / "runs" / name, job) for name in job.run_names()):
-        return False
+    runs = [out / "runs" / name for name in job.run_names()]
+    ends = [ending(run, job) for run in runs]
     record = job_file(job, out)
     try:
-        settings = plain(read_job(record))
+        same = plain(read_job(record)) == plain(job)
+        # A run that has ended says of which settings it was; only those of old versions do not.
+        decides = not all(end and "job" in end for end in ends)
     except (FileNotFoundError, ValueError):
+        same = decides = False
+    begun = all(ends) or any((run / CHECKPOINT).is_dir() for run in runs)
+    if begun and decides and not same:
+        raise ValueError(f"{record} has other settings than asked for now; give another --out")
+    if all(ends) and not same:
         write_job(job, record)
-    else:
-        if settings != plain(job):
-            raise ValueError(f"{record} has other settings than asked for now; give another --out")
-    return True
+    return all(ends)
 
 
 class Process(Protocol):
@@ -72,7 +77,8 @@ def execute(
     """
     waiting, failed = list(jobs), []
     tries = dict.fromkeys(map(id, jobs), 0)
-    running: dict[Process, tuple[Job, Any]] = {}
+    running: dict[Process, Job] = {}
+    bars: dict[Process, Any] = {}  # of those that have come to a step
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -84,33 +90,37 @@ def execute(
     with Progress(*columns) as progress, _terminates(running) as interrupted:
         everything = progress.add_task(f"{len(jobs)} jobs, steps", total=total)
         while waiting or running:
-            while waiting and len(running) < workers:
+            while waiting and len(running) < workers and not interrupted:
                 job = waiting.pop(0)
                 tries[id(job)] += 1
-                bar = progress.add_task(f"  {job.run_names()[0]}", total=job.steps(), visible=False)
                 prepare(job, out)
-                running[(begin or start)(job, out)] = (job, bar)
+                running[(begin or start)(job, out)] = job
             time.sleep(0.2)
             if interrupted:
                 raise KeyboardInterrupt
-            for process, (job, bar) in list(running.items()):
-                step = reached(job, out)
-                progress.update(bar, completed=step, visible=step > 0)
+            under_way = 0
+            for process, job in list(running.items()):
+                name = job.run_names()[0]
+                if step := reached(job, out):
+                    if process not in bars:
+                        bars[process] = progress.add_task(f"  {name}", total=job.steps())
+                    progress.update(bars[process], completed=step)
                 code = process.poll()
                 if code is None:
+                    under_way += step * len(job.seeds)
                     continue
                 del running[process]
-                progress.remove_task(bar)
+                if process in bars:
+                    progress.remove_task(bars.pop(process))
                 if code == 0:
                     done += job.steps() * len(job.seeds)
-                elif code < 0 and tries[id(job)] < TRIES:
+                elif (code < 0 or code == INTERRUPTED) and tries[id(job)] < TRIES:
                     waiting.insert(0, job)  # killed, not wrong: do it again
                 else:
                     failed.append(job)
                     note_crash(job, out)
-                    progress.print(f"failed: {job.run_names()[0]}, see its stderr.txt")
-            now = sum(reached(job, out) * len(job.seeds) for job, _ in running.values())
-            progress.update(everything, completed=done + now)
+                    progress.print(f"failed: {name}, see its stderr.txt")
+            progress.update(everything, completed=done + under_way)
     return failed
 
 
@@ -164,26 +174,19 @@ def note_crash(job: Job, out: Path) -> None:
 
 @contextmanager
 def _terminates(running: dict[Any, Any]) -> Iterator[list[int]]:
-    """End what still runs when the driver ends, by Ctrl-C, SIGTERM or an error.
+    """End what still runs when the driver ends, by `stop_signals` or an error.
 
     Yields:
         The signals that came. An exception raised wherever Python is at that moment could be lost,
-        in a callback of Ray's for example; a second signal takes that chance.
+        in a callback of Ray's for example, or leave a process behind; a second signal takes that
+        chance.
     """
-    came: list[int] = []
-
-    def stop(signum: int, frame: Any) -> None:
-        came.append(signum)
-        if len(came) > 1:
-            raise KeyboardInterrupt
-
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+    with stop_signals() as came:
+        try:
+            yield came
+        finally:
+            for process in running:
+                came.clear()  # whoever presses again still has all of them ended
+                process.terminate()
+            for process in running:
+                process.wait()

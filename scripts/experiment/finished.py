@@ -209,7 +209,9 @@ def read(path: Path, *, trust: bool = False) -> FinishedRun:
         ValueError: The folder does not hold a run that has ended, a file is damaged, or it names a
             module that is not to be imported.
     """
-    policy = path / (SHIPPED if (path / CHOICE).is_file() else "policy.pt")
+    policy = path / "policy.pt"
+    if not policy.is_file() and (path / CHOICE).is_file():
+        policy = path / SHIPPED
     for file in (path / "config.json", policy):
         if not file.is_file():
             raise ValueError(f"{path} is not the folder of a finished run: it has no {file.name}")

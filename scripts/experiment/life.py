@@ -6,7 +6,6 @@ is written and shown with its control characters escaped.
 """
 
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from scripts.experiment.finished import CANDIDATES, CHOICE, SHIPPED
 from scripts.experiment.locks import Hold
 from scripts.experiment.paths import beside, refuse_link
 from scripts.experiment.run_folder import AVERAGES, HEADER, RunFolder, rows_until
+from scripts.experiment.terminal import stop_signals
 
 CHECKPOINT = "checkpoint"
 
@@ -106,6 +106,7 @@ class Run:
         Raises:
             OSError: They cannot be written; what was there still is.
         """
+        self.held.check()
         timeline = self.averages.timeline if self.averages else None
         candidates = self._candidates()
         for member, folder in enumerate(self.folders):
@@ -214,8 +215,6 @@ def go_on(
         if not path.exists():
             path.mkdir()
             held.take(path)
-        for partial in path.glob("*.partial"):  # of a process that was killed
-            partial.unlink()
     folders = _open_folders(training, paths, training.step, tables)
     _note_resume(paths[0], training.step, found)
     checkpoints = Checkpoints(
@@ -246,11 +245,14 @@ def folders_of(path: Path, checkpoint: Checkpoint) -> list[Path]:
 
     Raises:
         ValueError: One of them is no plain name.
+        OSError: One of the others is a link.
     """
     _, *names = checkpoint.about.get("folders", [path.name])
     paths = [path, *(beside(path, str(name)) for name in names)]
     if len(set(paths)) < len(paths):
         raise ValueError(f"the checkpoint names one folder for several seeds: {names}")
+    for other in paths[1:]:
+        refuse_link(other)
     return paths
 
 
@@ -273,28 +275,13 @@ def member_policy(training: Training, member: int) -> nn.Module:
 
 @contextmanager
 def stops_when_asked(training: Training) -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM or a hang-up ends the run after the step under way, a second one at once.
+    """What `stop_signals` has ends the run after the step under way, a second one at once.
 
     Yields:
         The signals that came.
     """
-    came: list[int] = []
-
-    def stop(signum: int, frame: Any) -> None:
-        came.append(signum)
-        if training.stopping:
-            raise KeyboardInterrupt
-        training.stopping = True
-
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # no nohup
-        signals.append(signal.SIGHUP)
-    previous = {s: signal.signal(s, stop) for s in signals}
-    try:
+    with stop_signals(lambda: setattr(training, "stopping", True)) as came:
         yield came
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _open_folders(

@@ -5,9 +5,11 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from polyak_rl.files import remove_partial
 from scripts.experiment.paths import no_link
 
 try:
@@ -20,19 +22,20 @@ LOCK = "lock"
 POLL = 1.0  # seconds between two looks at a lock that another process has
 
 
-class HeldError(ValueError):
+class HeldError(OSError):
     """Another process writes to the folder."""
 
 
 class Hold:
-    """Run folders that this process alone writes to, until it closes them or ends, however.
+    """Folders that this process alone writes to, until it closes them or ends, however.
 
-    Where locks cannot be had, of a file system or an operating system, that is said once, and the
-    run goes on without.
+    What a writer that was killed left half-written in them is removed. Where locks cannot be had,
+    of a file system or an operating system, that is said once, and the run goes on without.
     """
 
     def __init__(self) -> None:
         self.files: dict[Path, IO[str]] = {}
+        self.folders: dict[Path, int] = {}  # open, so that no other can have their inodes
         self.said = False
 
     def take(self, folder: Path, *, wait: bool = False) -> None:
@@ -47,21 +50,41 @@ class Hold:
             OSError: The lock's file cannot be opened.
         """
         self.files[folder], problem = _hold(folder, wait)
-        if problem and not self.said:
+        if fcntl and folder not in self.folders:
+            self.folders[folder] = os.open(folder, os.O_RDONLY)
+        if not problem:
+            remove_partial(folder)
+        elif not self.said:
             where = f"{folder} cannot be locked ({problem})"
             print(f"note: {where}: start no second process on it", file=sys.stderr)
             self.said = True
 
     def check(self) -> None:
-        """Raise OSError if a folder was deleted or replaced since."""
-        for folder, file in self.files.items():
-            if not _is_there(file, folder):
-                raise OSError(errno.ENOENT, "the run's folder was deleted or replaced", str(folder))
+        """See that the folders are still those that were taken; a lock that is gone is made anew.
+
+        Raises:
+            HeldError: A lock was removed, and another process has the folder since.
+            OSError: A folder was deleted, moved or replaced.
+        """
+        for folder, file in [*self.files.items()]:
+            if _is_there(file, folder):
+                continue
+            try:
+                same = os.path.samestat(os.fstat(self.folders[folder]), os.stat(folder))
+            except (KeyError, FileNotFoundError):
+                same = False
+            if not same:
+                gone = "the folder was deleted, moved or replaced"
+                raise OSError(errno.ENOENT, gone, str(folder))
+            file.close()
+            self.take(folder)
 
     def close(self) -> None:
         """Give the folders free."""
         for file in self.files.values():
             file.close()
+        while self.folders:
+            os.close(self.folders.popitem()[1])
 
 
 def _hold(folder: Path, wait: bool) -> tuple[IO[str], str]:
@@ -84,9 +107,9 @@ def _hold(folder: Path, wait: bool) -> tuple[IO[str], str]:
             time.sleep(POLL)
             continue
         if _is_there(file, folder):  # else its folder was made anew between open and lock
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            with suppress(OSError):  # a full disk: who holds it is for people to read
+                file.truncate(0)
+                os.write(file.fileno(), f"{os.getpid()} on {socket.gethostname()}".encode())
             return file, problem
         file.close()
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyak_rl.files import write_whole
+from polyak_rl.files import remove_partial, write_whole
 from scripts.experiment.jobs import Job, read_job
 from scripts.experiment.measurement import END, ending
 from scripts.experiment.run_folder import TABLE
@@ -23,6 +23,8 @@ COLUMNS = ("run", "env", "algo", "seed", "variant", "scheme", "step", "episode",
 def collect(out: Path, scores: Mapping[str, Sequence[float]] | None = None) -> None:
     """Write the results of all finished runs, and what became of every planned one.
 
+    Nobody else writes to `out`, but for workers to the folders of their runs.
+
     Args:
         out: As in `Options`.
         scores: What 0 and 1 of normalised scores are, [random, reference] by environment; those
@@ -33,6 +35,8 @@ def collect(out: Path, scores: Mapping[str, Sequence[float]] | None = None) -> N
     """
     folder = out / "results"
     folder.mkdir(exist_ok=True)
+    for place in (folder, out / "jobs"):
+        remove_partial(place)
     records = []
     # No name and no time in the archive: the same runs give the same bytes.
     with (

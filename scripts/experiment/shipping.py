@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +35,7 @@ def ship(
     episodes: int,
     criterion: Criterion = "mean",
     again: int | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> Choice:
     """Choose the weights to ship, value them, and write them to the run's folder.
 
@@ -44,6 +47,7 @@ def ship(
         episodes: The budget to choose with, over all candidates; 0 ships the prior.
         criterion: The mean return, or that of the worst quarter of the episodes.
         again: The number of an earlier call, to play its episodes once more.
+        before_writing: What it raises, ends this with the folder as it was.
 
     Raises:
         ValueError: There is no timeline, a file is damaged, or `choose` refuses.
@@ -67,6 +71,7 @@ def ship(
             worst=WORST[criterion],
             start=first,
         )
+    before_writing()
     call = note_call(run.path, "ship", first, choice.next_start - first)
     write(run, weights[choice.winner], choice, criterion, call, left_out)
     return choice
@@ -128,13 +133,12 @@ def write(
     call: int,
     left_out: Mapping[str, str],
 ) -> None:
-    """Write the weights, then what they are: without the latter nothing counts as shipped."""
+    """Write the weights, and what they are: until both are on the disk, what was there stays."""
     rule = SCHEMES[choice.winner].rule
     updates = run.timeline.expected or run.timeline.clock
     valued = choice.next_start - len(choice.valuing.get(choice.winner, ()))
-    (run.path / CHOICE).unlink(missing_ok=True)
-    with write_whole(run.path / SHIPPED) as file:
-        torch.save(stack_members(run.network, [weights]).state_dict(), file)
+    data = BytesIO()
+    torch.save(stack_members(run.network, [weights]).state_dict(), data)
     record: dict[str, Any] = {
         "call": call,
         "env_id": run.env_id,
@@ -150,7 +154,10 @@ def write(
         },
         "choice": dataclasses.asdict(choice),
         "versions": versions(),
-        "sha256": hashlib.sha256((run.path / SHIPPED).read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(data.getbuffer()).hexdigest(),
     }
-    with write_whole(run.path / CHOICE) as file:
-        file.write(json.dumps(record, indent=1).encode() + b"\n")
+    with write_whole(run.path / CHOICE) as about, write_whole(run.path / SHIPPED) as file:
+        about.write(json.dumps(record, indent=1).encode() + b"\n")
+        about.flush()
+        os.fsync(about.fileno())  # all that may fail comes before either takes its place
+        file.write(data.getbuffer())

@@ -3,9 +3,13 @@
 import contextlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+INTERRUPTED = 130
+"""The exit code of what was interrupted, as shells have it."""
 
 
 def whole_numbers(argv: Sequence[str]) -> list[str]:
@@ -26,15 +30,49 @@ def whole_numbers(argv: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
+def stop_signals(stop: Callable[[], object] = lambda: None) -> Iterator[list[int]]:
+    """Inside, Ctrl-C, SIGTERM and the end of the terminal (unless under nohup) are asked to wait.
+
+    Args:
+        stop: Called when one comes. After one, Ctrl-C or SIGTERM raises KeyboardInterrupt; the end
+            of a terminal does not, since it comes twice, from the shell and from the kernel.
+
+    Yields:
+        The signals that came.
+    """
+    came: list[int] = []
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signals.append(signal.SIGHUP)
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        stop()
+        if len(came) > 1 and number in signals[:2]:
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def unfailing_output() -> Iterator[None]:
     """Inside, printing raises nothing, whatever became of the terminal, the pipe or the disk.
 
-    Nor does the interpreter when it ends: a stream that is dead is one to nowhere from then on.
+    Nor does the interpreter when it ends: a stream that is dead is one to nowhere from then on. Who
+    interrupts is told so in a word, with `INTERRUPTED` as exit code.
     """
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and _Unfailing(stream) for stream in streams)
     try:
         yield
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     finally:
         for stream in (sys.stdout, sys.stderr):
             if stream:
