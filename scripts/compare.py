@@ -90,14 +90,14 @@ def do(options: Options[Any], held: Hold) -> int:
         check(jobs)
         scores = scale(options)
         missing = [job for job in jobs if not finished(job, options.out)]
-        needed = size_of_jobs(missing, options.workers, options.out / "runs")
-        require_room(options.out, needed, "make room, or give another --out or fewer --workers")
-        make_folder(options.out)
-        held.take(options.out)  # one driver: two would wait for each other's runs
         if options.ray is not None:
             importlib.import_module("scripts.experiment.cluster")  # not only when it is needed
         if any(job.algo == "ppo" for job in missing):
             importlib.import_module("scripts.experiment.ppo")
+        needed = size_of_jobs(missing, options.workers, options.out / "runs")
+        require_room(options.out, needed, "make room, or give another --out or fewer --workers")
+        make_folder(options.out)
+        held.take(options.out)  # one driver: two would wait for each other's runs
     except (ValueError, OSError, ImportError, EnvironmentFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
