@@ -83,6 +83,26 @@ def test_a_node_that_dies_changes_no_number(tmp_path, whole):
     assert len(resumed_at(JOB, tmp_path / "runs")) == 1
 
 
+@pytest.mark.full
+def test_a_task_that_is_tried_again_while_the_first_still_writes_waits_for_it(tmp_path, whole):
+    """As of a machine that was given up for lost, and is not."""
+    with on_ray("local") as begin:
+
+        def begin_twice(job, out):
+            task = begin(job, out)
+            wait_for_a_checkpoint(out)
+            again.append(begin(job, out))
+            assert task.poll() is None
+            return task
+
+        again = []
+        assert driver.execute([JOB], tmp_path, 1, begin_twice) == []
+        ray.get(again[0].ref)
+    collect(tmp_path)
+    assert results(tmp_path) == whole
+    assert resumed_at(JOB, tmp_path / "runs") == []
+
+
 DRIVER = """
 import sys
 from pathlib import Path
