@@ -124,11 +124,15 @@ def test_an_interrupt_at_any_time_is_a_word_and_a_code(script, tmp_path, monkeyp
 
 
 def start(out):
-    return subprocess.Popen(
-        [sys.executable, "-m", "scripts.compare", *COMMAND, "--out", str(out)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have it ignore
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "scripts.compare", *COMMAND, "--out", str(out)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def wait_for_a_checkpoint(out, name, process):
