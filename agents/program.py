@@ -130,8 +130,9 @@ class Program:
         try:  # where libraries set themselves up, before the capture
             with torch.cuda.stream(stream):
                 one, rehearsal = self._compile(values)
-                with rehearsal.undone():
-                    one.run()
+                if self._build is not None:  # Triton loads its kernels at the first call
+                    with rehearsal.undone():
+                        one.run()
         finally:  # for whoever catches an error, too, all is undone
             torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
