@@ -109,7 +109,7 @@ class DDPG:
         self.descent.step("critic", critic_loss)
 
         # actor: J = mean Q(s, mu(s)), uphill: grad J = mean grad_a Q(s, a)|a=mu(s) grad mu(s)
-        actor_loss = -self.critic(s, self.actor(s), held=True).squeeze(1)  # [S, B]
+        actor_loss = -self.critic(s, self.actor(s)).squeeze(1)  # [S, B]
         self.descent.step("actor", actor_loss)
 
         # theta' <- tau theta + (1 - tau) theta'

@@ -77,6 +77,8 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class MLP(nn.Sequential):
     """Linear layers with a ReLU between each two: x [M, B, in] -> [M, B, out].
 
+    Of fewer inputs x [S, B, in] each serves M / S neighbouring members.
+
     Args:
         sizes: Of the input, of each hidden layer and of the output.
         generators: One per member, for the first weights.
@@ -88,13 +90,11 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
         self._linear = linear
 
-    def forward(self, x: Tensor, *, held: bool = False) -> Tensor:
-        """The outputs; where the weights are held, slopes pass through to x and not into them."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs."""
         weights: list[Any] = [p for one in self._linear for p in one._parameters.values()]
         if not torch.is_grad_enabled():
             return activations(x, weights)[-1]
-        if held:
-            weights = [p.detach() for p in weights]
         y: Tensor = Layers.apply(x, *weights)  # type: ignore[no-untyped-call]
         return y
 
@@ -113,7 +113,7 @@ class Layers(torch.autograd.Function):
         """The outputs; weight and bias of a layer by turns."""
         *h, y = activations(x, weights)
         ctx.save_for_backward(*h)
-        ctx.weights, ctx.strides = weights, y.stride()
+        ctx.weights, ctx.strides, ctx.inputs = weights, y.stride(), len(x)
         return y
 
     @staticmethod
@@ -123,6 +123,8 @@ class Layers(torch.autograd.Function):
             raise RuntimeError("an MLP can be differentiated once, and not with create_graph=True")
         h, weights = ctx.saved_tensors, ctx.weights
         into_x, *into_weights = ctx.needs_input_grad
+        if _places:  # a loss that passes through these weights and descends in others
+            into_weights = [id(weight) in _places for weight in weights]
         # As y lies in memory: the order of the sums depends on it.
         if dy.shape[-1] > 1 and dy.stride() != ctx.strides:
             dy = dy.new_empty_strided(dy.shape, ctx.strides).copy_(dy)
@@ -130,27 +132,42 @@ class Layers(torch.autograd.Function):
         for i in reversed(range(len(h))):
             weight, bias = weights[2 * i : 2 * i + 2]
             if into_weights[2 * i] or into_weights[2 * i + 1]:
-                slopes[2 * i] = torch.bmm(h[i].mT, dy, out=_places.pop(id(weight), None))
-                slopes[2 * i + 1] = torch.sum(dy, 1, True, out=_places.pop(id(bias), None))
+                slopes[2 * i] = torch.bmm(h[i].mT, dy, out=_place_of(weight))
+                slopes[2 * i + 1] = torch.sum(dy, 1, True, out=_place_of(bias))
             if i > 0:
                 dy = relu_backward_(below(dy, weight), h[i])
-        return below(dy, weights[0]) if into_x else None, *slopes
+        if not into_x:
+            return None, *slopes
+        dx = below(dy, weights[0])
+        if ctx.inputs < len(dx):
+            dx = dx.view(ctx.inputs, -1, *dx.shape[1:]).sum(1)
+        return dx, *slopes
 
 
 _engine = torch.autograd.Variable._execution_engine
-_places: dict[int, Tensor] = {}  # where a weight's gradient is wanted, by the weight's id
+# The weights whose gradients are wanted, by id, each with the memory for it where there is some.
+_places: dict[int, Tensor | None] = {}
+
+
+def _place_of(weight: Tensor) -> Tensor | None:
+    """Where a weight's gradient goes: who comes first takes the place, and autograd adds others."""
+    place = _places.get(id(weight))
+    if place is not None:
+        _places[id(weight)] = None
+    return place
 
 
 def set_gradients(loss: Tensor, weights: Sequence[nn.Parameter], share: float = 1.0) -> None:
     """weight.grad <- dL/dweight, whatever was there; in the same memory where an `MLP` can do so.
+
+    Of other weights that L depends on nothing is computed.
 
     Args:
         loss: Of any shape; L is its sum times the share.
         weights: Leaves of its graph.
         share: Of each element in L.
     """
-    # The first to come to a weight takes the place; who comes later finds none, and autograd adds.
-    _places.update((id(weight), weight.grad) for weight in weights if weight.grad is not None)
+    _places.update((id(weight), weight.grad) for weight in weights)
     try:
         # What torch.autograd.grad calls; the Python around it is a tenth of a small network's step.
         gradients = _engine.run_backward(
@@ -171,6 +188,8 @@ def set_gradients(loss: Tensor, weights: Sequence[nn.Parameter], share: float = 
 
 def activations(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """x, the output of each hidden layer, and the outputs; weight and bias of a layer by turns."""
+    if len(x) < len(weights[0]):
+        x = x.unsqueeze(1).expand(-1, len(weights[0]) // len(x), -1, -1).flatten(0, 1)
     h = [x]
     for i in range(0, len(weights) - 2, 2):
         h.append(affine(h[-1], weights[i], weights[i + 1]).relu_())
@@ -266,8 +285,8 @@ class GaussianActor(nn.Module):
         r"""Actions tanh(mean + std noise), differentiable in the weights, and their log density.
 
         log pi(a|s) = sum_i [ log N(u_i) - log(1 - tanh(u_i)^2) ]. The last term is computed as
-        -2 log cosh(u), finite where 1 - tanh(u)^2 rounds to zero, with |u| + log1p(exp(-2|u|)) for
-        log(2 cosh(u)); the bits of log1p do not depend on the shape as softplus's do.
+        -2 log cosh(u), finite where 1 - tanh(u)^2 rounds to zero, with u - log sigmoid(2u) for
+        log(2 cosh(u)); its bits do not depend on the shape as softplus's do.
 
         Args:
             obs: Observations [S, B, O].
@@ -277,11 +296,11 @@ class GaussianActor(nn.Module):
             Actions [S, B, A] and log densities [S, B].
         """
         mean, log_std = self(obs)
-        u = mean + log_std.exp() * noise
-        size = u.abs()
-        log_2cosh = size + torch.log1p(torch.exp(-2 * size))
-        constants = 0.5 * noise.square() + 0.5 * math.log(2 * math.pi) + 2 * math.log(2)
-        return torch.tanh(u), (2 * log_2cosh - log_std - constants).sum(-1)
+        u = torch.addcmul(mean, log_std.exp(), noise)
+        twice = 2 * u
+        log_4cosh2 = torch.sub(twice, F.logsigmoid(twice), alpha=2)  # log (2 cosh(u))^2
+        constants = 0.5 * noise.square() + (0.5 * math.log(2 * math.pi) + 2 * math.log(2))
+        return torch.tanh(u), (log_4cosh2 - log_std - constants).sum(-1)
 
 
 class Critic(nn.Module):
@@ -303,12 +322,9 @@ class Critic(nn.Module):
         self.net = MLP((obs_dim + action_dim, *hidden, 1), members)
         self.n = n
 
-    def forward(self, obs: Tensor, action: Tensor, *, held: bool = False) -> Tensor:
-        """Values of the given actions under every critic; slopes do not reach held weights."""
-        x = torch.cat((obs, action), dim=-1)  # [S, B, O + A]
-        if self.n > 1:
-            x = x.unsqueeze(1).expand(-1, self.n, -1, -1).flatten(0, 1)  # [S * n, B, O + A]
-        q: Tensor = self.net(x, held=held)
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Values of the given actions under every critic."""
+        q: Tensor = self.net(torch.cat((obs, action), dim=-1))  # [S * n, B, 1]
         return q.view(-1, self.n, q.shape[1])
 
 

@@ -69,8 +69,8 @@ class GradientWatch:
         flag = self._flags_now[network]  # [S]
         if len(norm) > len(flag):
             norm = norm.view(len(flag), -1).sum(-1)
-        torch.logical_not(norm < math.inf, out=flag)  # False for NaN too
-        return flag.amax()
+        torch.ne(norm - norm, 0, out=flag)  # Inf - Inf is NaN, which differs from all numbers
+        return flag.amax() if len(flag) > 1 else flag[0]
 
     def count(self, env_step: int, *, noted: bool = False) -> None:
         """Count a gradient step that was begun after `env_step` environment steps.

@@ -129,7 +129,7 @@ class TD3:
         # every d gradient steps, the actor: J = mean Q_theta1(s, pi_phi(s)), uphill:
         # grad_phi J = mean grad_a Q_theta1(s, a)|a=pi_phi(s) grad_phi pi_phi(s)
         if actors_turn:
-            actor_loss = -self.critic(s, self.actor(s), held=True)[:, 0]  # [S, B]
+            actor_loss = -self.critic(s, self.actor(s))[:, 0]  # [S, B]
             self.descent.step("actor", actor_loss)
             tags["losses/actor_loss"] = actor_loss.detach()
 

@@ -1,8 +1,10 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents.networks import (
     MLP,
@@ -32,6 +34,14 @@ def test_a_linear_layer_is_each_members_own_affine_map(outputs, rows):
     x = torch.randn(3, rows, 5, generator=gens(9)[0])
     oracle = torch.einsum("mbi,mio->mbo", x.double(), layer.weight.double()) + layer.bias.double()
     torch.testing.assert_close(layer(x).double(), oracle, rtol=1e-5, atol=1e-6)
+
+
+class Counted(TorchDispatchMode, Counter):
+    """How often each operation is called."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def layer_by_layer(net, x):
@@ -100,16 +110,31 @@ def test_an_mlp_refuses_a_gradient_that_is_to_be_differentiated_again():
         torch.autograd.grad(net(torch.ones(1, 7, 3)).sum(), net[0].weight, create_graph=True)
 
 
-def test_slopes_go_through_a_held_critic_and_not_into_it():
+def test_slopes_go_through_a_critic_and_not_into_it():
     actor, critic = DeterministicActor(3, 2, (8, 8), gens(0)), Critic(3, 2, (8, 8), gens(1), n=2)
     obs = torch.randn(1, 7, 3, generator=gens(9)[0])
-    gradients = []
-    for held in (False, True):
-        loss = critic(obs, actor(obs), held=held).mean()
-        gradients.append(torch.autograd.grad(loss, [*actor.parameters()], retain_graph=True))
-        into = torch.autograd.grad(loss, [*critic.parameters()], allow_unused=True)
-        assert [x is None for x in into] == [held] * 6
-    torch.testing.assert_close(*gradients)
+    loss = critic(obs, actor(obs)).mean()
+    theirs = torch.autograd.grad(loss, [*actor.parameters()], retain_graph=True)
+    with Counted() as ours:
+        set_gradients(critic(obs, actor(obs)), [*actor.parameters()], share=1 / 14)
+    torch.testing.assert_close([p.grad for p in actor.parameters()], [*theirs])
+    assert not any(p.grad is not None for p in critic.parameters())
+    with Counted() as both:
+        loss = critic(obs, actor(obs))
+        set_gradients(loss, [*actor.parameters(), *critic.parameters()], share=1 / 14)
+    # One product and one sum less for each of the critic's layers.
+    assert [both["bmm"] - ours["bmm"], both["sum"] - ours["sum"]] == [3, 3]
+
+
+def test_an_input_of_fewer_members_serves_neighbours_and_takes_the_sum_of_their_slopes():
+    net = MLP((3, 8, 2), gens(0, 1, 2, 3)).double()
+    x = torch.randn(2, 7, 3, generator=gens(9)[0], dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(4, 7, 2, generator=gens(8)[0], dtype=torch.float64)
+    inputs = [x, *net.parameters()]
+    y, expected = net(x), layer_by_layer(net, x[[0, 0, 1, 1]])
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(z, inputs, dy) for z in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
