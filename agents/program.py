@@ -32,15 +32,25 @@ def inductor(
     graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
     """A graph compiled by torch, its operations fused."""
-    from torch._inductor import compile as compiled
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    made: list[Callable[[list[Tensor]], Sequence[Tensor]]] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        made.append(compile_fx_inner(*args, **kwargs))
+        return made[-1]
 
     on_cpu = inputs[0].device.type == "cpu"
     # On CPU a Python wrapper would cost more than the step of a small network; a CUDA graph has
     # none, and there small kernels that do not depend on each other become one.
     options = {"cpp_wrapper": True} if on_cpu else {"combo_kernels": True}
     graph = make_fx(graph, decomposition_table=_WRITTEN_OUT, tracing_mode="fake")(*inputs)
-    run: Callable[..., Sequence[Tensor]] = compiled(graph, [*inputs], options=options)
-    return run
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # which would not ask `keep`
+        compile_fx(graph, [*inputs], inner_compile=keep, config_patches=options)
+    # What comes back has five calls of Python around this one, for gradients and for results that
+    # are views of inputs, of which there are none.
+    (program,) = made
+    return lambda *tensors: program([*tensors])
 
 
 def build_for(device: torch.device) -> Build | None:
@@ -115,8 +125,8 @@ class Program:
         def step(*tensors: Tensor) -> list[Tensor]:
             with _StandIns(dict(zip(rehearsal.memory, tensors, strict=True))):
                 results = self._step(*values)
-            names[:] = results
-            return [*results.values()]
+                names[:] = results
+                return [torch.clone(x) for x in results.values()]  # one may be memory itself
 
         graph = make_fx(step, tracing_mode="fake")(*memory)
         run = self._build(graph, memory)
@@ -340,10 +350,15 @@ def _adam_(
         new_m = m + (1 - beta1) * (g - m)
         new_v = v + (1 - beta2) * (g * g - v)
         # 1 - b^t, which float32 loses for b near 1
-        bias1, bias2 = (-torch.expm1(t * math.log(b)) for b in (beta1, beta2))
+        bias1, bias2 = (_once(-torch.expm1(t * math.log(b))) for b in (beta1, beta2))
         new_p = p - lr * (new_m / bias1) / ((new_v / bias2).sqrt() + eps)
         for old, new in ((m, new_m), (v, new_v), (p, new_p)):
             old.copy_(torch.where(finite, new, old))
+
+
+def _once(number: Tensor) -> Tensor:
+    """A number that a loop reads: Inductor would compute it anew in each turn of the loop."""
+    return number.as_strided((), ())  # that needs it to lie in memory
 
 
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
