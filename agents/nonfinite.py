@@ -1,6 +1,5 @@
 """Bad numbers: noticed on the device, kept out of the weights, and named."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -86,7 +86,7 @@ class REDQ:
         self.descent.step("critic", critic_loss)
 
         # actor: mean alpha log pi(a_pi|s) - 1/N sum_i Q_i(s, a_pi)
-        actor_loss = (alpha * log_pi - self.critic(s, a_pi, held=True).mean(1)).mean(-1)
+        actor_loss = (alpha * log_pi - self.critic(s, a_pi).mean(1)).mean(-1)
         self.descent.step("actor", actor_loss)
         if follow:
             self.targets["critic"].update()
