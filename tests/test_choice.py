@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from scripts import choice
-from scripts.allocation import ALLOCATIONS
 from scripts.choice import BASE, PRIOR, RULES, Group, Run, affordable, best, held, replay
 
 PUBLISHED = Path(__file__).parent.parent / "scripts" / "results" / "exploratory" / "results.csv.gz"
@@ -236,27 +235,6 @@ def test_a_return_that_is_no_number_is_refused_with_its_line(tmp_path, capsys, v
     assert (
         f"r.csv, line 3: step and return must be finite, got '{value}'" in capsys.readouterr().err
     )
-
-
-# --- other ways to spend the budget ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ALLOCATIONS)
-def test_each_allocation_finds_the_best_within_the_budget(name):
-    rng = np.random.default_rng(6)
-    x = rng.standard_normal((40, 6, 60))
-    x[np.arange(40), np.arange(40) % 6] += 3
-    winners, n = ALLOCATIONS[name](x, 36, rng)
-    assert (winners == np.arange(40) % 6).mean() >= 0.95
-    if name != "halving":  # which says how many the finalists played
-        assert (n.sum(axis=1) <= 36).all()
-        assert (n >= 1).all()
-
-
-@pytest.mark.parametrize("name", ALLOCATIONS)
-def test_each_allocation_keeps_the_prior_among_equals(name):
-    winners, _ = ALLOCATIONS[name](np.ones((5, 6, 40)), 36, np.random.default_rng(0))
-    assert (winners == 0).all()
 
 
 def test_no_splits_and_a_folder_that_is_a_file_are_refused_before_anything_is_replayed(
