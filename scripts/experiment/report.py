@@ -409,9 +409,7 @@ class Report:
         """What others have found."""
         self.heading("What others have found")
         self.page.text("What a work leaves open is said as far as its abstract or its code shows.")
-        for about, works in LITERATURE.items():
-            self.page.text(f"{about}:")
-            self.page.bullets([plain(work) for work in works])
+        self.page.text(LITERATURE)
 
     def heading(self, text: str) -> None:
         """A section, or a part of the exploratory one."""
