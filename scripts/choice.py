@@ -33,6 +33,7 @@ from scripts.experiment.figures import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
 from scripts.experiment.paths import make_folder
 from scripts.experiment.schemes import KNOWN, LAST
 from scripts.experiment.stats import Floats, Interval
+from scripts.experiment.terminal import command_line
 from scripts.experiment.tidy import SCALES, read_table, result_files
 
 BASE = LAST.name
@@ -449,20 +450,16 @@ class Options:
     """random splits of a run's episodes"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.choice", description=__doc__)
-    try:
-        if options.splits < 1:
-            raise ValueError(f"splits must be at least 1, got {options.splits}")
-        runs = read(result_files(options.results))
-        groups = grouped([run for run in runs if BASE in run.returns and len(run.returns) > 1])
-        if not groups:
-            raise ValueError("expected runs with candidates besides the last iterate, found none")
-        make_folder(options.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command_line("choice", Options, __doc__)
+def main(options: Options) -> int:
+    """Replay, and write the figure and the tables."""
+    if options.splits < 1:
+        raise ValueError(f"splits must be at least 1, got {options.splits}")
+    runs = read(result_files(options.results))
+    groups = grouped([run for run in runs if BASE in run.returns and len(run.returns) > 1])
+    if not groups:
+        raise ValueError("expected runs with candidates besides the last iterate, found none")
+    make_folder(options.out)
     if left_out := len(runs) - sum(len(group.runs) for group in groups):
         print(f"Left out: {left_out} runs with nothing to choose among at their last step")
     tables = [curves(group, options.splits) for group in groups]

@@ -16,13 +16,12 @@ at all) need no tuning and SGD does.
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
@@ -30,6 +29,7 @@ from torch.optim import SGD, Optimizer
 from polyak_rl.optim import ASGD, PolyakSGD
 from polyak_rl.target import soft_update
 from scripts.experiment.paths import make_folder
+from scripts.experiment.terminal import command_line
 
 # What the notebook prints: the sum of the differences between the predictions of the last iterate
 # and of the average, and the test RMSE of the average and of the last iterate.
@@ -282,14 +282,10 @@ def print_notebook(run: Run, data: Data) -> None:
     print("The notebook calls its average Polyak-Ruppert: it is exponential.\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=argv, prog="python -m scripts.regression", description=__doc__)
-    try:
-        make_folder(config.figure.parent)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command_line("regression", Config, __doc__)
+def main(config: Config) -> int:
+    """Train, print the tables, and draw the figure."""
+    make_folder(config.figure.parent)
     torch.set_num_threads(config.threads)
     data, initial = sample(config.seed)
     runs = {name: train(config, data, initial, make) for name, make in optimizers(config).items()}
