@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from scripts.experiment.paths import make_folder
+from scripts.experiment.wording import table
 
 CSS = """
 :root { color-scheme: light; }
@@ -75,8 +76,7 @@ class Page:
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table, which scrolls by itself on a narrow screen; nothing without rows."""
         if rows:
-            lines = [header, ["---"] * len(header), *rows]
-            self.parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            self.parts.append(table(header, rows))
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
         """Save the figure as PNG and SVG, and show it over its caption."""

@@ -206,7 +206,16 @@ Episodes = dict[tuple[str, int], dict[str, float]]  # (scheme, step) -> episode 
 
 
 def read_results(files: Iterable[Path], scales: Mapping[str, Scale] = SCALES) -> list[Stratum]:
-    """All strata in tidy CSV files, in order of their names; a row given twice counts once."""
+    """All strata in tidy CSV files, in order of their names; see `read_episodes`."""
+    return [stratum(key, runs, scales.get(key[0])) for key, runs in read_episodes(files).items()]
+
+
+def read_episodes(files: Iterable[Path]) -> dict[Key, dict[tuple[str, str], Episodes]]:
+    """What tidy CSV files hold, by stratum in order and by (run, seed).
+
+    Raises:
+        ValueError: A row is none, or contradicts another; one that is given twice counts once.
+    """
     table: dict[Key, dict[tuple[str, str], Episodes]] = {}
     for path in files:
         for place, row in read_table(path):
@@ -226,7 +235,7 @@ def read_results(files: Iterable[Path], scales: Mapping[str, Scale] = SCALES) ->
                     f"{place}: one return an episode, got {cell[row['episode']]} and {score}"
                     f" for run {row['run']}, {row['scheme']}, step {step}"
                 )
-    return [stratum(key, runs, scales.get(key[0])) for key, runs in sorted(table.items())]
+    return dict(sorted(table.items()))
 
 
 def stratum(key: Key, table: dict[tuple[str, str], Episodes], scale: Scale | None) -> Stratum:
