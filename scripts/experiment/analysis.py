@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.stats import trim_mean  # type: ignore[import-untyped]
 
 from scripts.experiment import stats
 from scripts.experiment.schemes import LAST, PRIMARY
@@ -66,7 +67,7 @@ class Effect:
     @property
     def iqm(self) -> float:
         """The same sum of interquartile means."""
-        return self._sum(stats.iqm)
+        return self._sum(lambda x: trim_mean(x, 0.25))
 
     def _sum(self, statistic: Callable[[Floats], Floats]) -> float:
         weights = self.weights or [1 / len(self.samples)] * len(self.samples)

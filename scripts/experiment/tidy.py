@@ -15,8 +15,9 @@ from typing import Any, TextIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from polyak_rl.choose import mean_of_worst
 from scripts.experiment.schemes import KNOWN, LATE
-from scripts.experiment.stats import Floats, cvar
+from scripts.experiment.stats import Floats
 
 COLUMNS = ("run", "env", "algo", "seed", "scheme", "step", "episode", "return")
 
@@ -148,7 +149,8 @@ class Stratum:
 
     def worst(self, scheme: str, *beside: str) -> Floats:
         """The normalised mean of the worst tenth of the last point's episodes, [N]."""
-        return self.normalise(each(self.episodes(scheme, *beside), cvar))
+        episodes = self.episodes(scheme, *beside)
+        return self.normalise(each(episodes, lambda row: mean_of_worst(row.tolist(), 0.1)))
 
     def wobble(self, scheme: str) -> Floats:
         """The standard deviation of each run's curve over (50 %, 75 %] of the run, [N].
@@ -161,7 +163,7 @@ class Stratum:
         return np.asarray(before.std(axis=1, ddof=1))
 
 
-def each(rows: Floats, statistic: Callable[[Floats], Floats]) -> Floats:
+def each(rows: Floats, statistic: Callable[[Floats], Any]) -> Floats:
     """The statistic of what is not NaN in each row, [N, E] -> [N]; NaN where nothing is."""
     parts = (row[np.isfinite(row)] for row in rows)
     return np.array([statistic(part) if part.size else np.nan for part in parts])
