@@ -497,8 +497,7 @@ def summary(run: Run, member: int, seconds: float) -> str:
         )
     if not folder.last:
         return "\n".join([*lines, "It was not evaluated."])
-    first_step, first, _ = folder.last[0]
-    last_step, last, _ = folder.last[-1]
+    (first_step, first), (last_step, last) = folder.last[0], folder.last[-1]
     lines += [
         f"Evaluation, deterministic, the same {len(last)} episodes each time:",
         f"  at step {first_step:,}: mean return {first.mean():.1f}",

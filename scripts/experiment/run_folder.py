@@ -105,8 +105,7 @@ class RunFolder:
     """Writes what `agents.training.Log` is told, and the rest of a run's record.
 
     `evaluations.csv` has a row per scheme and episode; it is flushed after each evaluation, so a
-    run that is cut short leaves what it had. `evaluations.npz` has the last iterate's evaluations
-    in the form of Stable-Baselines3's EvalCallback.
+    run that is cut short leaves what it had.
 
     Args:
         path: An existing folder.
@@ -132,7 +131,7 @@ class RunFolder:
         self.path = path
         self.averages: EventFile | None = None  # opened by the first evaluation of an average
         self.averaged: dict[str, None] = {}  # the averages that have a curve, in their order
-        self.last: list[tuple[int, NDArray[np.float64], NDArray[np.int64]]] = []
+        self.last = _evaluations_of_last(rows)
         record: dict[str, Any] = {
             "algo": algo,
             "seed": seed,
@@ -147,7 +146,6 @@ class RunFolder:
         with write_whole(path / TABLE) as file:
             file.write(rows)
         self.size, self._digest = len(rows), hashlib.sha256(rows)
-        self._read_last(rows)
         self.table = (path / TABLE).open("ab")
         self.events = EventFile(path, resume_at)
         if resume_at is None:
@@ -190,8 +188,7 @@ class RunFolder:
         self.size += len(data)
         self._digest.update(data)
         if scheme == "last":
-            self.last.append((step, returns, lengths))
-            self._write_archive()
+            self.last.append((step, returns))
 
     def sync(self) -> None:
         """Bring what was written to the disk."""
@@ -250,30 +247,14 @@ class RunFolder:
             description.experiment.metric_infos.add(name=name, display_name=tag)
         plugin_data.content = description.SerializeToString()
 
-    def _read_last(self, rows: bytes) -> None:
-        """Take up the last iterate's evaluations from the table."""
-        last = dict[int, list[list[str]]]()
-        for step, scheme, *row in csv.reader(rows.decode().splitlines()[1:]):
-            if scheme == "last":
-                last.setdefault(int(step), []).append(row)
-        self.last = [
-            (at, np.array([float(row[1]) for row in each]), np.array([int(row[2]) for row in each]))
-            for at, each in last.items()
-        ]
-        if self.last:
-            self._write_archive()
-        else:
-            (self.path / "evaluations.npz").unlink(missing_ok=True)
 
-    def _write_archive(self) -> None:
-        fewest = min(len(row) for _, row, _ in self.last)  # the file holds a rectangle
-        with write_whole(self.path / "evaluations.npz") as file:
-            np.savez(
-                file,
-                timesteps=np.array([step for step, _, _ in self.last]),
-                results=np.stack([row[:fewest] for _, row, _ in self.last]),
-                ep_lengths=np.stack([row[:fewest] for _, _, row in self.last]),
-            )
+def _evaluations_of_last(rows: bytes) -> list[tuple[int, NDArray[np.float64]]]:
+    """The steps and returns of the last iterate's evaluations in a table."""
+    returns = dict[int, list[float]]()
+    for step, scheme, _, total, _ in csv.reader(rows.decode().splitlines()[1:]):
+        if scheme == "last":
+            returns.setdefault(int(step), []).append(float(total))
+    return [(step, np.array(each)) for step, each in returns.items()]
 
 
 def _is_json(path: Path) -> bool:
