@@ -85,12 +85,6 @@ def named(run: FinishedRun, which: str) -> str:
     return f"shipped, {printable(str(run.choice['choice']['winner']))}"
 
 
-def record(run: FinishedRun, policy: nn.Module, seeds: Sequence[int], folder: Path) -> None:
-    """Record episodes of a policy to a folder, made if it is not there."""
-    with recorded(run, folder) as env:
-        list(play(run, policy, env, seeds))
-
-
 @contextmanager
 def recorded(run: FinishedRun, folder: Path) -> Iterator[gym.Env[Any, Any]]:
     """An environment whose episodes are recorded to a folder, made if it is not there.

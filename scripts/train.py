@@ -17,8 +17,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
@@ -42,7 +42,6 @@ from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from agents.vector import flattened
 from polyak_rl import PolicyAverages
-from scripts.enjoy import VIDEOS, drawn_env, record
 from scripts.experiment import life, tracking
 from scripts.experiment.finished import read
 from scripts.experiment.life import Run
@@ -50,7 +49,7 @@ from scripts.experiment.locks import Hold
 from scripts.experiment.room import require_room, size
 from scripts.experiment.run_folder import new_run_folder
 from scripts.experiment.shipping import require_enough, ship
-from scripts.experiment.terminal import unfailing_output, whole_numbers
+from scripts.experiment.terminal import stop_signals, unfailing_output, whole_numbers
 from scripts.experiment.trust import require_trusted
 
 DEFAULT_ENV = {
@@ -93,8 +92,6 @@ class Options(Generic[AgentConfig]):
     ship: int | None = None
     """at the end choose the weights to ship on so many episodes, as scripts.ship does; 0: tail25,
     unseen"""
-    video: bool = False
-    """record an episode of the final policy, or of what is shipped"""
     track: Literal["wandb"] | None = None
     """follow the run in Weights & Biases too, where wandb is installed; WANDB_MODE=offline: here"""
 
@@ -131,38 +128,35 @@ def command(argv: Sequence[str]) -> int:
 
 def train_or_explain(run: Run, options: Options[Any]) -> int:
     """Train, and say what went wrong if it did; returns the exit code."""
-    with closed_in_the_end(run):
-        try:
-            return train(run, options)
-        except (NonFiniteError, EnvironmentFault) as error:
-            print(f"error: {error}", file=sys.stderr)
-            print(
-                f"The last good checkpoint is of step {run.checkpoints.step:,}. From there it "
-                "happens again, for a debugger.",
-                file=sys.stderr,
-            )
-        except OSError as error:
-            print(f"error: {error}", file=sys.stderr)
-        print(how_to_go_on(run), file=sys.stderr)
-        return 1
+    try:
+        return train(run, options)
+    except (NonFiniteError, EnvironmentFault) as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(
+            f"The last good checkpoint is of step {run.checkpoints.step:,}. From there it "
+            "happens again, for a debugger.",
+            file=sys.stderr,
+        )
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+    finally:
+        close(run)
+    print(how_to_go_on(run), file=sys.stderr)
+    return 1
 
 
-@contextmanager
-def closed_in_the_end(run: Run) -> Iterator[None]:
+def close(run: Run) -> None:
     """Close a run; an environment that raises even then changes nothing of what was kept."""
     try:
-        yield
-    finally:
-        try:
-            run.close()
-        except EnvironmentFault as error:
-            print(f"warning: {error}", file=sys.stderr)
+        run.close()
+    except EnvironmentFault as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def train(run: Run, options: Options[Any]) -> int:
     """Train to the end or until stopped, and leave what there is; returns the exit code."""
     training, began = run.training, time.perf_counter()
-    with life.stops_when_asked(training) as signals:
+    with stop_signals(lambda: setattr(training, "stopping", True)) as signals:
         train_with_progress(run, options)
         completed = training.step >= training.config.total_steps
         if not completed:
@@ -174,33 +168,16 @@ def train(run: Run, options: Options[Any]) -> int:
     code = 0 if completed else 128 + signals[0]
     for member in range(len(run.folders)):
         print(summary(run, member, seconds))
-        try:
-            hand_over(run, member, options)
-        except (ValueError, OSError, EnvironmentFault) as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = code or 1
+        if completed and options.ship is not None:
+            try:
+                print(ship(read(run.folders[member].path, trust=True), options.ship))
+            except (ValueError, OSError, EnvironmentFault) as error:
+                print(f"error: {error}", file=sys.stderr)
+                code = 1
     print(how_to_see(run))
     if not completed:
         print(how_to_go_on(run))
     return code
-
-
-def hand_over(run: Run, member: int, options: Options[Any]) -> None:
-    """Choose the weights to ship of a seed's run, and record an episode, where that is asked for.
-
-    Raises:
-        ValueError: What the run left, or an environment, is not as it should be.
-    """
-    training = run.training
-    due = options.ship is not None and training.step >= training.config.total_steps
-    if not due and not options.video:
-        return
-    finished = read(run.folders[member].path, trust=True)  # this very run
-    if due:
-        print(ship(finished, options.ship or 0))
-    if options.video:
-        policy, seeds = finished.policy(finished.default), training.eval_seeds[member, :1]
-        record(finished, policy, seeds.tolist(), finished.path / VIDEOS)
 
 
 def folder_to_resume(argv: Sequence[str]) -> tuple[Path | None, bool]:
@@ -321,8 +298,6 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
         raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
     if options.segments is not None and (options.segments < 2 or options.segments % 2):
         raise ValueError(f"segments must be even and at least 2, got {options.segments}")
-    if options.video:
-        drawn_env("rgb_array", options.run.env_id, options.run.wrap).close()
     seeds = chosen_seeds(options)
     if options.track:
         tracking.require_wandb()

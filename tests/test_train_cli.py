@@ -17,9 +17,9 @@ from agents.presets import describe_preset
 from agents.seeding import evaluation_seeds
 from agents.training import TrainConfig, Training
 from scripts import enjoy, train
-from scripts.experiment import life
 from scripts.experiment.finished import read
 from scripts.experiment.run_folder import RunFolder, new_run_folder
+from scripts.experiment.terminal import stop_signals
 
 QUICK = ["--total-steps", "300", "--eval-every", "100", "--eval-episodes", "3"]
 SMALL = ["--hidden", "16", "--learning-starts", "50", "--train-every", "8", "--log-every", "100"]
@@ -29,7 +29,7 @@ SMALL = ["--hidden", "16", "--learning-starts", "50", "--train-every", "8", "--l
 def run(tmp_path_factory):
     """The folder of a finished run of DQN on CartPole."""
     runs = tmp_path_factory.mktemp("runs")
-    command = ["dqn", "--env-id", "CartPole-v1", "--seed", "3", "--device", "cpu", "--no-video"]
+    command = ["dqn", "--env-id", "CartPole-v1", "--seed", "3", "--device", "cpu"]
     assert train.main([*command, *QUICK, *SMALL, "--runs-dir", str(runs)]) == 0
     (folder,) = runs.iterdir()
     return folder
@@ -277,24 +277,17 @@ def test_ctrl_c_ends_the_run_with_what_there_is(tmp_path, capsys, monkeypatch):
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once():
-    class Run:
-        stopping = False
-
-    with life.stops_when_asked(Run()):
+    with stop_signals():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_video_of_the_final_policy_is_recorded_without_a_word_of_displays(
-    tmp_path, capfd, monkeypatch
-):
+def test_video_of_a_policy_is_recorded_without_a_word_of_displays(run, capfd, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "XDG_RUNTIME_DIR", "SDL_VIDEODRIVER"):
         monkeypatch.delenv(name, raising=False)
-    command = ["dqn", *QUICK, *SMALL, "--device", "cpu", "--video", "--runs-dir", str(tmp_path)]
-    assert train.main(command) == 0
-    (folder,) = tmp_path.iterdir()
-    (video,) = (folder / "videos").glob("*.mp4")
+    assert enjoy.main([str(run), "--episodes", "1", "--video"]) == 0
+    (video,) = (run / "videos").glob("*.mp4")
     assert video.stat().st_size > 1000
     assert not capfd.readouterr().err
 
