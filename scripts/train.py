@@ -21,24 +21,20 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tyro.conf import OmitArgPrefixes, subcommand
+from tyro.conf import OmitArgPrefixes
 
 from agents.averaging import default_rules, evaluate_averages, record_policy
 from agents.checkpoint import newest
-from agents.ddpg import DDPGConfig
-from agents.dqn import DQNConfig
 from agents.environments import EnvironmentFault
 from agents.malloc import keep_freed_memory
 from agents.nonfinite import NonFiniteError
 from agents.presets import ALGORITHMS, describe_preset, preset
-from agents.sac import SACConfig
-from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from agents.vector import flattened
 from polyak_rl import PolicyAverages
@@ -51,13 +47,6 @@ from scripts.experiment.run_folder import new_run_folder
 from scripts.experiment.shipping import require_enough, ship
 from scripts.experiment.terminal import stop_signals, unfailing_output, whole_numbers
 from scripts.experiment.trust import require_trusted
-
-DEFAULT_ENV = {
-    "dqn": "CartPole-v1",
-    "ddpg": "Pendulum-v1",
-    "sac": "Pendulum-v1",
-    "td3": "Pendulum-v1",
-}
 
 AgentConfig = TypeVar("AgentConfig")
 
@@ -200,52 +189,37 @@ def folder_to_resume(argv: Sequence[str]) -> tuple[Path | None, bool]:
 
 def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
     """The algorithm and the options of a command line; the preset fills what it leaves out."""
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--env-id", "--env_id", default=None)
-    env_id = scan.parse_known_args(argv)[0].env_id
-
-    def default(algo: str) -> Options[Any]:
-        agent, total_steps = preset(algo, env_id or DEFAULT_ENV[algo])
-        run = TrainConfig(
-            env_id or DEFAULT_ENV[algo], total_steps, eval_processes=None, device="auto"
-        )
-        return Options(run=run, agent=agent)
-
-    first = next(iter(argv), "--help")
-    if not first.startswith("-") and first not in ALGORITHMS:
+    prog = "python -m scripts.train"
+    if not argv or argv[0].startswith("-"):
+        layout = argparse.RawDescriptionHelpFormatter
+        parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=layout)
+        parser.add_argument("algo", choices=ALGORITHMS, help="its options: ALGO --help")
+        parser.parse_args(argv[:1])  # which exits
+    algo, *words = argv
+    if algo not in ALGORITHMS:
         raise ValueError(
-            f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {first!r}: "
-            "python -m scripts.train --help"
+            f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {algo!r}: {prog} --help"
         )
-    if any(word.partition("=")[0] == "--lr" for word in argv):
+    if any(word.partition("=")[0] == "--lr" for word in words):
         raise ValueError("there is no --lr: the learning rate is --learning-rate")
-    choice = (
-        Annotated[Options[DQNConfig], subcommand("dqn", default=default("dqn"))]
-        | Annotated[Options[DDPGConfig], subcommand("ddpg", default=default("ddpg"))]
-        | Annotated[Options[SACConfig], subcommand("sac", default=default("sac"))]
-        | Annotated[Options[TD3Config], subcommand("td3", default=default("td3"))]
-    )
-    kind: Any = choice
-    begin: Any = tyro.MISSING_NONPROP
-    prog, words = "python -m scripts.train", argv
-    if first in ALGORITHMS:  # by itself: what is said of a wrong option is of this one only
-        begin = default(first)
-        kind = cast(Any, Options)[type(begin.agent)]
-        prog, words = f"{prog} {first}", argv[1:]
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    untold = "CartPole-v1" if algo == "dqn" else "Pendulum-v1"
+    scan.add_argument("--env-id", "--env_id", default=untold)
+    env_id = scan.parse_known_args(words)[0].env_id
+    agent, total_steps = preset(algo, env_id)
+    run = TrainConfig(env_id, total_steps, eval_processes=None, device="auto")
     options: Options[Any] = tyro.cli(
-        OmitArgPrefixes[kind],  # type: ignore[misc]
+        OmitArgPrefixes[cast(Any, Options)[type(agent)]],  # type: ignore[misc]
         args=words,
-        default=begin,
-        prog=prog,
+        default=Options(run=run, agent=agent),
+        prog=f"{prog} {algo}",
         description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment. "
         "A run that was stopped or killed goes on with: python -m scripts.train --resume RUN "
         "(--trust, if its environment is of a module of yours).",
     )
     if options.threads < 1:
         raise ValueError(f"threads must be at least 1, got {options.threads}")
-    device = resolve_device(options.run.device)
-    run = dataclasses.replace(options.run, device=device)
-    algo = next(name for name, (_, c) in ALGORITHMS.items() if type(options.agent) is c)
+    run = dataclasses.replace(options.run, device=resolve_device(options.run.device))
     return algo, dataclasses.replace(options, run=run)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from polyak_rl.files import write_whole
 from scripts.experiment.jobs import Job, plain, read_job, write_job
@@ -29,20 +29,18 @@ def finished(job: Job, out: Path) -> bool:
         ValueError: It was done, or begun, with other settings.
     """
     runs = [out / "runs" / name for name in job.run_names()]
-    ends = [ending(run, job) for run in runs]
+    done = all(ending(run, job) for run in runs)
     record = job_file(job, out)
     try:
-        same = plain(read_job(record)) == plain(job)
-        # A run that has ended says of which settings it was; only those of old versions do not.
-        decides = not all(end and "job" in end for end in ends)
+        said = plain(read_job(record))
     except (FileNotFoundError, ValueError):
-        same = decides = False
-    begun = all(ends) or any((run / CHECKPOINT).is_dir() for run in runs)
-    if begun and decides and not same:
-        raise ValueError(f"{record} has other settings than asked for now; give another --out")
-    if all(ends) and not same:
+        said = None
+    if done and said != plain(job):
         write_job(job, record)
-    return all(ends)
+    begun = any((run / CHECKPOINT).is_dir() for run in runs)
+    if begun and not done and said not in (None, plain(job)):
+        raise ValueError(f"{record} has other settings than asked for now; give another --out")
+    return done
 
 
 class Process(Protocol):
@@ -50,15 +48,12 @@ class Process(Protocol):
 
     def poll(self) -> int | None:
         """Its exit code, below 0 if it was killed; None while it is under way."""
-        ...
 
     def terminate(self) -> None:
         """Make it end."""
-        ...
 
     def wait(self) -> object:
         """Wait until it has ended."""
-        ...
 
 
 def execute(
@@ -79,15 +74,9 @@ def execute(
     tries = dict.fromkeys(map(id, jobs), 0)
     running: dict[Process, Job] = {}
     bars: dict[Process, Any] = {}  # of those that have come to a step
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
     total = sum(job.steps() * len(job.seeds) for job in jobs)
     done = 0
-    with Progress(*columns) as progress, _terminates(running) as interrupted:
+    with Progress() as progress, _terminates(running) as interrupted:
         everything = progress.add_task(f"{len(jobs)} jobs, steps", total=total)
         while waiting or running:
             while waiting and len(running) < workers and not interrupted:

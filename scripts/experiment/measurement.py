@@ -179,10 +179,10 @@ def ending(folder: Path, job: Job) -> dict[str, Any] | None:
     try:
         end: dict[str, Any] = json.loads((folder / END).read_bytes())
         found = count_rows(folder)
-        if found != (end.get("rows", found[0]), end.get("sha256", found[1])):  # older ones lack it
+        if found != (end["rows"], end["sha256"]):
             return None
-        done = from_plain(end["job"]) if "job" in end else job
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        done = from_plain(end["job"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if plain(done) != plain(job):
         raise ValueError(f"{folder} has finished with other settings than asked for now")
@@ -201,32 +201,26 @@ class Trains(Protocol):
     @property
     def evaluator(self) -> Evaluator:
         """Plays the episodes."""
-        ...
 
     @property
     def step(self) -> int:
         """Environment steps taken."""
-        ...
 
     @property
     def updates(self) -> int:
         """Gradient steps taken."""
-        ...
 
     @property
     def total_updates(self) -> int:
         """Gradient steps of the whole run."""
-        ...
 
     def advance(self) -> None:
         """Go on by what cannot be divided."""
-        ...
 
     def play(
         self, states: Mapping[str, Mapping[str, Tensor]], episodes: NDArray[Any]
     ) -> Mapping[str, Evaluation]:
         """As `Training.play` does."""
-        ...
 
 
 class Kept(Protocol):
@@ -237,11 +231,9 @@ class Kept(Protocol):
 
     def try_to_save(self, extra: Mapping[str, Any]) -> None:
         """Make sure of what was reached."""
-        ...
 
     def close(self) -> None:
         """Close environments and files."""
-        ...
 
 
 class Measurement:
