@@ -78,12 +78,7 @@ def main(options: Options) -> int:
 def evaluate(
     run: FinishedRun, rules: Sequence[str], episodes: range
 ) -> dict[str, NDArray[np.float64]]:
-    """The returns [episodes] of the last policy and of each rule's, on the same episodes.
-
-    Args:
-        run: Whose weights.
-        rules: As `FinishedRun.weights` takes them.
-        episodes: Their numbers.
+    """The returns of the last policy and of each rule's, on the same episodes of these numbers.
 
     Raises:
         ValueError: There is no timeline, a file is damaged, or a rule is wrong or too fine.

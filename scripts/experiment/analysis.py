@@ -17,7 +17,7 @@ SIGNIFICANT = 0.05
 MARGIN = 0.2  # standard deviations of the last iterate over runs: less does not matter
 CEILING = 0.5  # share of the pairs at the largest return
 
-Endpoint = Callable[..., Floats]  # (stratum, scheme, *beside) -> [N], NaN where there is none
+Endpoint = Callable[..., Floats]  # Stratum.shipped or such: (stratum, scheme, *beside) -> [N]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,16 +108,9 @@ def gain(
     crashed: Sequence[int] = (),
     by_t: bool = False,
 ) -> Effect:
-    """The scheme minus the base, paired by run.
+    """The scheme minus the base, paired by run; each stratum weighs the same without `weights`.
 
-    Args:
-        strata: Where; each weighs the same unless `weights` are given.
-        scheme: The policy that is judged.
-        base: The one that it is judged against.
-        endpoint: `Stratum.shipped` or `Stratum.late`.
-        weights: Of the strata, for a contrast between them.
-        crashed: Runs of each stratum that crashed and are to count as no difference.
-        by_t: See `Effect`.
+    So many `crashed` runs of each stratum count as no difference.
     """
     pairs = [(endpoint(s, scheme, base), endpoint(s, base, scheme)) for s in strata]
     samples = [present(a - b) for a, b in pairs]
@@ -131,12 +124,7 @@ def gain(
 def contrast(
     terms: Sequence[tuple[float, Stratum, str]], *, endpoint: Endpoint = Stratum.shipped
 ) -> Effect:
-    """A weighted sum of scores of several strata, paired by training seed.
-
-    Args:
-        terms: (weight, stratum, scheme) each.
-        endpoint: `Stratum.shipped` or `Stratum.late`.
-    """
+    """A weighted sum of scores, of (weight, stratum, scheme) each, paired by training seed."""
     scores = []
     for _, s, scheme in terms:
         beside = {other for _, one, other in terms if one is s}

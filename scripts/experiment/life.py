@@ -73,14 +73,7 @@ class Run:
         return shlex.quote(str(self.path)) + trust
 
     def save(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Write a checkpoint.
-
-        Args:
-            extra: As in `Checkpoints.save`.
-
-        Raises:
-            OSError: It cannot be written; those that were there still are.
-        """
+        """Write a checkpoint, as `Checkpoints.save` does."""
         self.tried_at = self.training.step
         self.held.check()
         for folder in self.folders:

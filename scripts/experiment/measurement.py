@@ -240,10 +240,7 @@ class Measurement:
     """Trains, and evaluates the schemes of a run at its points.
 
     Args:
-        job: What is trained.
-        training: Trains it.
-        averages: What is recorded of its policy, with `in_bank` and a timeline.
-        run: Where it is kept.
+        averages: What is recorded of the training's policy, with `in_bank` and a timeline.
         target: The target network of the policy, where there is one.
 
     Attributes:

@@ -43,11 +43,8 @@ code { font-size: .9em; }
 class Page:
     """A text that grows from top to bottom.
 
-    It is Markdown without HTML: what comes from elsewhere goes through `wording.plain`.
-
-    Args:
-        title: Of the page.
-        out: Folder for report.md, report.html and figures/.
+    It is Markdown without HTML: what comes from elsewhere goes through `wording.plain`. In `out`
+    are report.md, report.html and figures/ in the end.
     """
 
     def __init__(self, title: str, out: Path) -> None:

@@ -27,12 +27,7 @@ from scripts.experiment.wording import (
 
 
 class RegisteredReport:
-    """Writes to a page what was registered, in the order of the registration.
-
-    Args:
-        page: Where to.
-        study: The cells that have ended, and what is said of them.
-    """
+    """Writes to a page what was registered, in the order of the registration."""
 
     def __init__(self, page: Page, study: Study) -> None:
         self.page, self.study = page, study

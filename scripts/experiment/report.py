@@ -67,15 +67,7 @@ def write_report(
     reference_score: float | None = None,
     replay: Replay | None = None,
 ) -> Path:
-    """Read the results, write the report, and return its page.
-
-    Args:
-        results: CSV files, or folders of them.
-        out: Folder of the report; None: that of the first results.
-        primary: The scheme that is compared with last outside the registered study.
-        random_score: What 0 is in the results' one environment.
-        reference_score: What 1 is there.
-        replay: For the registered tests that choose.
+    """Read the results, write the report, and return its page; arguments as in `scripts.report`.
 
     Raises:
         ValueError: The results cannot be reported.

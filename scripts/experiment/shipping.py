@@ -43,10 +43,7 @@ def ship(
     the folder, or no other process writes to it.
 
     Args:
-        run: Whose weights.
-        episodes: The budget to choose with, over all candidates; 0 ships the prior.
-        criterion: The mean return, or that of the worst quarter of the episodes.
-        again: The number of an earlier call, to play its episodes once more.
+        run, episodes, criterion, again: As in `scripts.ship`.
         before_writing: What it raises, ends this with the folder as it was.
 
     Raises:
