@@ -45,6 +45,16 @@ SCHEMA = 5
 
 State = dict[str, Any]
 
+CLOCKS = ("step", "updates", "skipped", "evaluated_at")
+ARRAYS = {  # in a checkpoint -> of a training
+    "obs": "obs",
+    "ended": "ended",
+    "return": "episode_return",
+    "length": "episode_length",
+    "latest_return": "latest_return",
+    "logged_at": "episode_logged_at",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -286,12 +296,7 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
     """All that changes in a training but its replay rows, as tensors and plain values."""
     envs = _own_environments(training)
     return {
-        "clocks": {
-            "step": training.step,
-            "updates": training.updates,
-            "skipped": training.skipped,
-            "evaluated_at": training.evaluated_at,
-        },
+        "clocks": {name: getattr(training, name) for name in CLOCKS},
         "agent": {name: part.state_dict() for name, part in _parts(training.agent).items()},
         "sampling": training.learner.sampling.state_dict(),
         "averages": averages.state_dict() if averages else None,
@@ -300,15 +305,8 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
             scheme: [torch.from_numpy(x.copy()) for x in result]
             for scheme, result in training.evaluations.items()
         },
-        "environments": {
-            "episode": [env.episode for env in envs],
-            "obs": torch.from_numpy(training.obs.copy()),
-            "ended": torch.from_numpy(training.ended.copy()),
-            "return": torch.from_numpy(training.episode_return.copy()),
-            "length": torch.from_numpy(training.episode_length.copy()),
-            "latest_return": torch.from_numpy(training.latest_return.copy()),
-            "logged_at": torch.from_numpy(training.episode_logged_at.copy()),
-        },
+        "environments": {"episode": [env.episode for env in envs]}
+        | {key: torch.from_numpy(getattr(training, name).copy()) for key, name in ARRAYS.items()},
     }
 
 
@@ -381,9 +379,8 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
         scheme: Evaluation(returns.numpy(), lengths.numpy())
         for scheme, (returns, lengths) in state["evaluations"].items()
     }
-    clocks = state["clocks"]
-    training.step, training.updates = clocks["step"], clocks["updates"]
-    training.evaluated_at, training.skipped = clocks["evaluated_at"], clocks.get("skipped", 0)
+    for name in CLOCKS:
+        setattr(training, name, state["clocks"][name])
 
 
 def _require_fit(name: str, ours: Any, theirs: Any) -> None:
@@ -424,12 +421,8 @@ def _own_environments(training: Training) -> list[EpisodeSeeds]:
 
 def _restore_environments(training: Training, saved: State) -> list[str]:
     """Bring every environment back into its episode, or begin the next one and say so."""
-    training.obs = saved["obs"].numpy().copy()
-    training.ended = saved["ended"].numpy().copy()
-    training.episode_return = saved["return"].numpy().copy()
-    training.episode_length = saved["length"].numpy().copy()
-    training.latest_return = saved["latest_return"].numpy().copy()
-    training.episode_logged_at = saved["logged_at"].numpy().copy()
+    for key, name in ARRAYS.items():
+        setattr(training, name, saved[key].numpy().copy())
     notes = []
     envs = _own_environments(training)
     for i, env in enumerate(envs):

@@ -28,7 +28,7 @@ from agents.environments import EnvironmentFault
 from agents.presets import ALGORITHMS, preset
 from scripts.experiment.baseline import EPISODES, random_score
 from scripts.experiment.driver import execute, finished
-from scripts.experiment.jobs import Job, Options, check, plan
+from scripts.experiment.jobs import Options, check, plan
 from scripts.experiment.locks import Hold
 from scripts.experiment.paths import make_folder
 from scripts.experiment.results import collect
@@ -106,7 +106,11 @@ def do(options: Options[Any], held: Hold) -> int:
             if options.ray is None:
                 failed = execute(missing, options.out, options.workers)
             else:
-                failed = execute_on_ray(missing, options)
+                from scripts.experiment import cluster  # Ray is there for those who ask for it
+
+                shares = options.num_cpus, options.num_gpus
+                with cluster.connected(options.ray, options.workers, *shares) as begin:
+                    failed = execute(missing, options.out, len(missing), begin)  # Ray queues them
         finally:
             collect(options.out, scores)
     except ConnectionError as error:
@@ -139,17 +143,6 @@ def scale(options: Options[Any]) -> dict[str, tuple[float, float]]:
         if low == high:
             raise ValueError(f"reference-score must differ from the random score, {low}")
     return {options.env_id: (low, high)}
-
-
-def execute_on_ray(jobs: list[Job], options: Options[Any]) -> list[Job]:
-    """Do the jobs on Ray, which queues all of them; returns those that failed."""
-    from scripts.experiment import cluster  # Ray is there for those who ask for it
-
-    assert options.ray is not None
-    with cluster.connected(
-        options.ray, options.workers, options.num_cpus, options.num_gpus
-    ) as begin:
-        return execute(jobs, options.out, workers=len(jobs), begin=begin)
 
 
 if __name__ == "__main__":

@@ -139,12 +139,6 @@ def optimizers(config: Config) -> dict[str, Callable[[Network], Optimizer]]:
     }
 
 
-def rmse(network: Network, data: Data) -> float:
-    """Return the root mean squared error on the test samples."""
-    with torch.no_grad():
-        return F.mse_loss(network(data.x_test), data.y_test).sqrt().item()
-
-
 def minibatches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield the indices of one epoch's batches; the full batch keeps the order of the data."""
     order = torch.randperm(size, generator=generator) if batch_size < size else torch.arange(size)
@@ -179,8 +173,10 @@ def train(
                 soft_update(uniform, network, 1 / max(1, n - config.first_averaged_step + 1))
         if isinstance(optimizer, ASGD):  # it has kept its uniform average itself
             uniform.load_state_dict(optimizer.averaged_state_dict(network))
-        for name, averaged in networks.items():
-            curves[name].append(rmse(averaged, data))
+        with torch.no_grad():
+            for name, averaged in networks.items():
+                rmse = F.mse_loss(averaged(data.x_test), data.y_test).sqrt()
+                curves[name].append(rmse.item())
     return Run(networks, curves)
 
 

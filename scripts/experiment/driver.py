@@ -56,22 +56,11 @@ class Process(Protocol):
         """Wait until it has ended."""
 
 
-def start(job: Job, out: Path) -> Process:
-    """Begin a job in a process of its own."""
-    arguments = [str(job_file(job, out)), str(out / "runs")]
-    with errors_file(job, out).open("xb") as stderr:
-        return subprocess.Popen(
-            [sys.executable, "-m", "scripts.experiment", *arguments],
-            stderr=stderr,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-
 def execute(
     jobs: list[Job],
     out: Path,
     workers: int,
-    begin: Callable[[Job, Path], Process] = start,
+    begin: Callable[[Job, Path], Process] | None = None,
 ) -> list[Job]:
     """Do the jobs, so many workers at a time; returns those that failed.
 
@@ -90,7 +79,7 @@ def execute(
                 job = waiting.pop(0)
                 tries[id(job)] += 1
                 prepare(job, out)
-                running[begin(job, out)] = job
+                running[(begin or start)(job, out)] = job
             time.sleep(0.2)
             if interrupted:
                 raise KeyboardInterrupt
@@ -126,6 +115,17 @@ def prepare(job: Job, out: Path) -> None:
     write_job(job, job_file(job, out))
     errors_file(job, out).unlink(missing_ok=True)
     progress_file(job, out).unlink(missing_ok=True)
+
+
+def start(job: Job, out: Path) -> Process:
+    """Begin a job in a process of its own."""
+    arguments = [str(job_file(job, out)), str(out / "runs")]
+    with errors_file(job, out).open("xb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "scripts.experiment", *arguments],
+            stderr=stderr,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
 
 def job_file(job: Job, out: Path) -> Path:

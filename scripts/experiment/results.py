@@ -134,23 +134,13 @@ def describe(job: Job, name: str, seed: int, out: Path) -> dict[str, Any]:
     except ValueError:
         end, status = None, "of other settings"
     crashed = (out / "jobs" / f"{job.run_names()[0]}.crashed").exists()
-    status = status or ("crashed" if crashed else "not run")
-    end = end or {}
+    key = {"run": name, "env": job.env_id, "algo": job.algo, "seed": seed, "variant": job.variant}
+    known: dict[str, Any] = {"seconds": None, "evaluating": None, "commit": ""}
     config = {"total_steps": job.steps(), **dataclasses.asdict(job.agent_config())}
+    config |= {name: getattr(job, name) for name in ("lr_decay", "lr_decay_until", "lr_floor")}
     return {
-        "run": name,
-        "env": job.env_id,
-        "algo": job.algo,
-        "seed": seed,
-        "variant": job.variant,
-        "status": status,
-        "seconds": end.get("seconds"),
-        "evaluating": end.get("evaluating"),
-        "commit": end.get("commit", ""),
-        "config": {
-            **config,
-            "lr_decay": job.lr_decay,
-            "lr_decay_until": job.lr_decay_until,
-            "lr_floor": job.lr_floor,
-        },
+        **key,
+        "status": status or ("crashed" if crashed else "not run"),
+        **{name: (end or known)[name] for name in known},
+        "config": config,
     }
