@@ -26,7 +26,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 import numpy as np
 import torch
 import tyro
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from tyro.conf import OmitArgPrefixes
 
 from agents.averaging import default_rules, evaluate_averages, record_policy
@@ -398,20 +398,11 @@ def train_with_progress(run: Run, options: Options[Any]) -> None:
     """Run the training under a progress bar with its speed and the latest return."""
     training, every = run.training, options.checkpoint_every
     total = training.config.total_steps
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TextColumn("{task.fields[speed]:,.0f} steps/s"),
-        TextColumn("return {task.fields[latest]:.1f}"),
-        TimeRemainingColumn(),
-    )
     started, first = time.perf_counter(), training.step
     shown = 0.0
-    with Progress(*columns) as progress:
-        bar = progress.add_task(
-            f"{run.algo} {training.config.env_id}", total=total, speed=0.0, latest=float("nan")
-        )
+    with Progress() as progress:
+        what = f"{run.algo} {training.config.env_id}"
+        bar = progress.add_task(what, total=total)
 
         def after_step() -> None:
             nonlocal shown
@@ -421,12 +412,9 @@ def train_with_progress(run: Run, options: Options[Any]) -> None:
             now = time.perf_counter()
             if now - shown > 0.1 or training.step >= total:
                 shown = now
-                progress.update(
-                    bar,
-                    completed=training.step,
-                    speed=(training.step - first) / (now - started),
-                    latest=float(np.mean(training.latest_return)),
-                )
+                speed = (training.step - first) / (now - started)
+                said = f"{what}, {speed:,.0f} steps/s, return {np.mean(training.latest_return):.1f}"
+                progress.update(bar, completed=training.step, description=said)
 
         training.run(after_step)
 
