@@ -28,7 +28,7 @@ from agents.versions import versions
 from polyak_rl import Ema, Uniform
 from scripts import train
 from scripts.experiment.locks import LOCK, Hold
-from scripts.experiment.run_folder import AVERAGES
+from scripts.experiment.run_folder import AVERAGES, RunFolder
 from tests.test_checkpoint import assert_same
 from tests.test_training import Recorder
 
@@ -402,7 +402,7 @@ def test_a_disk_that_is_full_for_the_results_is_one_sentence_and_how_to_go_on(
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("scripts.experiment.run_folder.np.savez", full)
+    monkeypatch.setattr(RunFolder, "evaluation", full)
     assert train.main([*COMMAND, "--runs-dir", str(tmp_path)]) == 1
     (folder,) = tmp_path.iterdir()
     error, advice = capsys.readouterr().err.splitlines()

@@ -185,6 +185,7 @@ class RunFolder:
         data = lines.getvalue().encode()
         self.table.write(data)
         self.table.flush()
+        (self.path / TABLE).stat()  # a run whose folder is gone does not go on
         self.size += len(data)
         self._digest.update(data)
         if scheme == "last":
