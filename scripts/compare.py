@@ -45,7 +45,7 @@ class OfNoAlgorithm(Options[Any]):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, which nothing that is printed can change."""
-    with unfailing_output():
+    with unfailing_output(), closing(Hold()) as held:
         prog = "python -m scripts.compare"
         words = whole_numbers(sys.argv[1:] if argv is None else argv)
         default = defaults(words)
@@ -55,16 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         agent: Any = type(default.agent)
         kind: Any = OfNoAlgorithm if default.agent is None else cast(Any, Options)[agent]
-        return command(
-            tyro.cli(
-                kind,
-                config=(tyro.conf.AvoidSubcommands,),
-                args=words,
-                prog=prog,
-                description=__doc__,
-                default=default,
-            )
+        options: Options[Any] = tyro.cli(
+            kind,
+            config=(tyro.conf.AvoidSubcommands,),
+            args=words,
+            prog=prog,
+            description=__doc__,
+            default=default,
         )
+        return do(dataclasses.replace(options, out=options.out.expanduser()), held)
 
 
 def defaults(words: Sequence[str]) -> Options[Any]:
@@ -77,14 +76,8 @@ def defaults(words: Sequence[str]) -> Options[Any]:
     return Options(agent=agent) if agent else OfNoAlgorithm()
 
 
-def command(options: Options[Any]) -> int:
-    """Do what a command line asks for; returns the exit code."""
-    with closing(Hold()) as held:
-        return do(dataclasses.replace(options, out=options.out.expanduser()), held)
-
-
 def do(options: Options[Any], held: Hold) -> int:
-    """Do it while nobody else writes to the output folder, which `held` takes."""
+    """Do what a command line asks for, in an output folder that `held` takes."""
     try:
         jobs = plan(options)
         check(jobs)

@@ -103,7 +103,8 @@ def execute(
                     waiting.insert(0, job)  # killed, not wrong: do it again
                 else:
                     failed.append(job)
-                    note_crash(job, out)
+                    with write_whole(job_file(job, out).with_suffix(".crashed")):
+                        pass  # a mark, so that the report says that these runs crashed
                     progress.print(f"failed: {name}, see its stderr.txt")
             progress.update(everything, completed=done + under_way)
     return failed
@@ -149,12 +150,6 @@ def reached(job: Job, out: Path) -> int:
         return int(progress_file(job, out).read_text() or 0)
     except (OSError, ValueError):
         return 0  # not begun, or just being written
-
-
-def note_crash(job: Job, out: Path) -> None:
-    """Leave a mark, so that the report says that these runs crashed."""
-    with write_whole(job_file(job, out).with_suffix(".crashed")):
-        pass
 
 
 @contextmanager

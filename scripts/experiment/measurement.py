@@ -160,7 +160,7 @@ def write_ending(folder: RunFolder, measure: "Measurement") -> None:
     end = {
         "seconds": round(about["seconds"] / seeds, 1),
         "evaluating": round(about["evaluating"] / seeds, 1),  # of these seconds
-        "updates": measure.training.updates,
+        "updates": measure.averages.clock,
         "commit": commit(),
         "job": plain(measure.job),
         "rows": count,
@@ -205,10 +205,6 @@ class Trains(Protocol):
     @property
     def step(self) -> int:
         """Environment steps taken."""
-
-    @property
-    def updates(self) -> int:
-        """Gradient steps taken."""
 
     @property
     def total_updates(self) -> int:

@@ -98,11 +98,6 @@ class PPORun:
         """Environment steps taken."""
         return self.model.num_timesteps
 
-    @property
-    def updates(self) -> int:
-        """Gradient steps taken."""
-        return self.averages.clock
-
     def advance(self) -> None:
         """Go on by a rollout and its update, which is as if `learn` had not stopped in between."""
         self.model.learn(self.rollout, self.averaging, reset_num_timesteps=False)
