@@ -385,15 +385,7 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
 
 def _require_fit(name: str, ours: Any, theirs: Any) -> None:
     """Raise ValueError where a saved value has not the form of the one it is to replace."""
-    if isinstance(ours, Tensor):
-        fits = _form(ours) == _form(theirs)
-    elif isinstance(ours, Mapping):
-        fits = isinstance(theirs, Mapping) and ours.keys() == theirs.keys()
-    else:
-        fits = type(ours) is type(theirs)
-        if fits and isinstance(ours, list | tuple):
-            fits = len(ours) == len(theirs)
-    if not fits:
+    if _form(ours) != _form(theirs):
         raise ValueError(
             f"the checkpoint does not fit this training at {name}: {_form(theirs)} there, "
             f"{_form(ours)} here"
@@ -409,6 +401,10 @@ def _require_fit(name: str, ours: Any, theirs: Any) -> None:
 def _form(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(sorted(map(repr, value)))}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
 
 
