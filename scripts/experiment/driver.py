@@ -57,10 +57,7 @@ class Process(Protocol):
 
 
 def execute(
-    jobs: list[Job],
-    out: Path,
-    workers: int,
-    begin: Callable[[Job, Path], Process] | None = None,
+    jobs: list[Job], out: Path, workers: int, begin: Callable[[Job, Path], Process] | None = None
 ) -> list[Job]:
     """Do the jobs, so many workers at a time; returns those that failed.
 

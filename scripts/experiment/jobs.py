@@ -20,16 +20,12 @@ from scripts.experiment.study import CELLS, FIRST_SEED, PPOConfig
 
 AgentConfig = TypeVar("AgentConfig")
 
-SMALL = {"hidden": (32, 32), "batch_size": 32}
+SMALL = {"hidden": (32, 32), "batch_size": 32, "learning_starts": 500}
+MUJOCO = ("Hopper", "Walker2d", "HalfCheetah", "InvertedDoublePendulum", "Reacher", "Swimmer")
 TIERS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {  # algo, env, seeds, changes
     "s": [
         ("dqn", "CartPole-v1", 2, {"total_steps": 8_000, "agent": {"hidden": (32, 32)}}),
-        (
-            "ddpg",
-            "Pendulum-v1",
-            1,
-            {"total_steps": 3_000, "agent": {**SMALL, "learning_starts": 500}},
-        ),
+        ("ddpg", "Pendulum-v1", 1, {"total_steps": 3_000, "agent": SMALL}),
     ],
     "m": [
         ("dqn", "CartPole-v1", 20, {}),
@@ -44,14 +40,7 @@ TIERS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {  # algo, env, s
     "l": [
         (algo, f"{env}-v5", 20, {"total_steps": 1_000_000})
         for algo in ("sac", "ddpg")
-        for env in (
-            "Hopper",
-            "Walker2d",
-            "HalfCheetah",
-            "InvertedDoublePendulum",
-            "Reacher",
-            "Swimmer",
-        )
+        for env in MUJOCO
     ],
 }
 SMOKE = {"points": 10, "episodes": 5, "final_episodes": 10}  # tier s

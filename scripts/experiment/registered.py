@@ -111,10 +111,7 @@ class Study:
     """
 
     def __init__(
-        self,
-        strata: Mapping[Key, Stratum],
-        planned: Sequence[Run],
-        replay: Replay | None = None,
+        self, strata: Mapping[Key, Stratum], planned: Sequence[Run], replay: Replay | None = None
     ) -> None:
         self.replay = replay
         self._chosen: dict[tuple[Rule, int], list[Floats]] = {}

@@ -250,11 +250,7 @@ class Report:
             base = plains.get((s.env, s.algo))
             if not s.variant or base is None:
                 continue
-            for name, of_strata in (
-                (base.name, (1, 0)),
-                (s.name, (0, 1)),
-                ("difference", (-1, 1)),
-            ):
+            for name, of_strata in ((base.name, (1, 0)), (s.name, (0, 1)), ("difference", (-1, 1))):
                 row = []
                 for of_schemes in ((1, 0), (0, 1), (-1, 1)):
                     effect = contrast([

@@ -87,11 +87,7 @@ SCHEMES = table(
     PRIMARY,
     tail(50, "always"),
     Scheme(
-        "all",
-        "uniform over all of training",
-        "end",
-        lambda updates: Uniform(),
-        place=("tail", 100),
+        "all", "uniform over all of training", "end", lambda updates: Uniform(), place=("tail", 100)
     ),
     ema(1, "late"),
     TARGET,

@@ -114,10 +114,7 @@ def t_p(*strata: ArrayLike, weights: Sequence[float] | None = None) -> float:
 
 
 def sign_flip_p(
-    *strata: ArrayLike,
-    weights: Sequence[float] | None = None,
-    flips: int = 100_000,
-    seed: int = 0,
+    *strata: ArrayLike, weights: Sequence[float] | None = None, flips: int = 100_000, seed: int = 0
 ) -> float:
     """The two-sided p-value of "no difference": flip the signs of whole runs, each on its own.
 
