@@ -58,27 +58,17 @@ ARRAYS = {  # in a checkpoint -> of a training
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read from disk, every file of it verified.
-
-    Attributes:
-        folder: Where it lies.
-        number: Its place among the run's checkpoints.
-        about: What `Checkpoints` was told about the run.
-        training: What was trained, as `describe` says it.
-        versions: Of what decided its bits.
-        pieces: First and one past the last transition of each replay file; None without replay.
-        sha256: File name -> checksum.
-        state: The tensors and plain values.
-    """
+    """A checkpoint that was read from disk, every file of it verified."""
 
     folder: Path
-    number: int
-    about: State
-    training: State
-    versions: dict[str, str]
+    number: int  # its place among the run's checkpoints
+    about: State  # what `Checkpoints` was told about the run
+    training: State  # what was trained, as `describe` says it
+    versions: dict[str, str]  # of what decided its bits
+    # First and one past the last transition of each replay file; None without replay.
     pieces: list[tuple[int, int]] | None
-    sha256: dict[str, str]
-    state: State
+    sha256: dict[str, str]  # file name -> checksum
+    state: State  # the tensors and plain values
 
     @property
     def step(self) -> int:

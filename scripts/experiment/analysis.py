@@ -22,21 +22,13 @@ Endpoint = Callable[..., Floats]  # Stratum.shipped or such: (stratum, scheme, *
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """A weighted sum over strata of mean paired differences, one number a run.
+    """A weighted sum over strata of mean paired differences, one number a run."""
 
-    Attributes:
-        samples: The differences, one array [n_e] for each stratum.
-        weights: Of the strata; None: equal ones.
-        margin: What does not matter is smaller.
-        ceiling: Over half of the pairs are at the environment's largest return.
-        by_t: p is that of the t interval, in place of sign flips.
-    """
-
-    samples: tuple[Floats, ...]
-    weights: tuple[float, ...] | None = None
-    margin: float = np.nan
-    ceiling: bool = False
-    by_t: bool = False
+    samples: tuple[Floats, ...]  # the differences, one array [n_e] for each stratum
+    weights: tuple[float, ...] | None = None  # of the strata; None: equal ones
+    margin: float = np.nan  # what does not matter is smaller
+    ceiling: bool = False  # over half of the pairs are at the environment's largest return
+    by_t: bool = False  # p is that of the t interval, in place of sign flips
 
     @property
     def runs(self) -> int:

@@ -62,16 +62,9 @@ class Greedy(nn.Module):
 
 
 class PPORun:
-    """A training by Stable-Baselines3 with what `Measurement` asks of one, and its folder.
+    """A training by Stable-Baselines3 with what `Measurement` asks of one, and its empty folder.
 
-    Args:
-        job: Of one seed, on an environment with discrete actions.
-        path: The folder, which is empty.
-
-    Attributes:
-        averages: Of the policy, actor and critic together, after each of its gradient steps.
-        about: See `life.Run`.
-        folders: The one.
+    `averages` are of the policy, actor and critic together, after each of its gradient steps.
     """
 
     def __init__(self, job: Job, path: Path) -> None:

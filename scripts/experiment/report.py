@@ -118,12 +118,8 @@ def recorded(scores: Any) -> dict[str, Scale]:
 class Report:
     """Writes the sections of a report to a page.
 
-    Args:
-        page: Where to.
-        strata: All that was read.
-        planned: The runs that were planned, as far as they are known.
-        primary: The scheme that is compared with last outside the registered study.
-        replay: For the registered tests that choose.
+    `primary` is compared with last outside the registered study; `planned` are the runs that were,
+    as far as they are known.
     """
 
     def __init__(

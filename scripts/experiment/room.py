@@ -22,17 +22,11 @@ TAGS = 16  # numbers at a reading
 
 
 class Size(NamedTuple):
-    """Bytes on disk of a run.
+    """Bytes on disk of a run."""
 
-    Attributes:
-        replay: Of the replay buffer, in checkpoints.
-        state: Of all else in the two checkpoints that are kept.
-        end: What a run leaves besides.
-    """
-
-    replay: int
-    state: int
-    end: int
+    replay: int  # of the replay buffer, in checkpoints
+    state: int  # of all else in the two checkpoints that are kept
+    end: int  # of what a run leaves besides
 
 
 def size(training: Training, averages: PolicyAverages | None) -> Size:

@@ -107,15 +107,8 @@ class RunFolder:
     `evaluations.csv` has a row per scheme and episode; it is flushed after each evaluation, so a
     run that is cut short leaves what it had.
 
-    Args:
-        path: An existing folder.
-        algo: Name of the algorithm.
-        seed: The training seed.
-        config: The run's configuration.
-        agent_config: The algorithm's.
-        resume_at: Environment step from which the run goes on; what was written of later steps is
-            taken back. None begins a run.
-        rows: The table up to there.
+    A run goes on from the step `resume_at` with the rows of the table up to there: what was written
+    of later steps is taken back.
     """
 
     def __init__(

@@ -64,26 +64,17 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Stratum:
-    """All runs of one algorithm on one environment in one variant, evaluated at the same steps.
-
-    Attributes:
-        runs: Their names, [N].
-        seeds: Their training seeds, [N].
-        steps: The environment steps of the evaluations, [P].
-        scores: By scheme the mean return of the episodes, [N, P]; NaN where there are none.
-        final: By scheme the returns of the last point's episodes, [N, E]; NaN as above.
-        scale: What is 0 and what is 1 of a normalised score; None: scores are raw.
-    """
+    """All runs of one algorithm on one environment in one variant, evaluated at the same steps."""
 
     env: str
     algo: str
     variant: str
-    runs: list[str]
-    seeds: list[str]
-    steps: Floats
-    scores: dict[str, Floats]
-    final: dict[str, Floats]
-    scale: Scale | None
+    runs: list[str]  # their names, [N]
+    seeds: list[str]  # their training seeds, [N]
+    steps: Floats  # the environment steps of the evaluations, [P]
+    scores: dict[str, Floats]  # by scheme the mean return, [N, P]; NaN where there is none
+    final: dict[str, Floats]  # by scheme the last point's returns, [N, E]; NaN as above
+    scale: Scale | None  # what is 0 and what is 1 of a normalised score; None: scores are raw
 
     @property
     def key(self) -> Key:
