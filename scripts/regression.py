@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
@@ -215,11 +216,6 @@ def classify(
 
 def draw(config: Config, data: Data, runs: dict[str, Run]) -> None:
     """Draw the fit of SGD's three networks, and the test error of every optimizer over epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     # Okabe & Ito's colours; line styles tell the curves apart without colour too.
     styles = {
         "last": {"color": "#999999", "linestyle": "-", "linewidth": 0.8},
@@ -231,7 +227,8 @@ def draw(config: Config, data: Data, runs: dict[str, Run]) -> None:
         "exponential": f"exponential average, decay {config.decay:g}",
         "uniform": f"uniform average (Polyak-Ruppert)\nfrom step {config.first_averaged_step}",
     }
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3)
     fit, legend, panels = axes[0, 0], axes[0, 2], [axes[0, 1], *axes[1].tolist()]
 
     name, run = next(iter(runs.items()))
@@ -260,7 +257,6 @@ def draw(config: Config, data: Data, runs: dict[str, Run]) -> None:
     )
     figure.suptitle(f"Which average is which: a regression on {batches}")
     figure.savefig(config.figure, dpi=130)
-    plt.close(figure)
 
 
 def print_notebook(run: Run, data: Data) -> None:

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -29,22 +28,16 @@ from scripts.experiment.paths import folder_name
 from scripts.experiment.schemes import SCHEMES
 
 SHOWN = [SCHEMES[name] for name in ("tail50", "ema1")]  # what every run is evaluated with
-LAYOUT = {
-    "evaluation": {
-        f"last iterate, {scheme.label}": ["Multiline", [f"eval/(last|{scheme.name})$"]]
-        for scheme in SHOWN
-    }
-    | {"every scheme": ["Multiline", ["eval/.*"]]},
+CHARTS = {
+    "evaluation": {f"last iterate, {s.label}": f"eval/(last|{s.name})$" for s in SHOWN}
+    | {"every scheme": "eval/.*"},
     "weights": {
-        f"distance to the last iterate, {scheme.label}": [
-            "Multiline",
-            [f"averaging/distance_to_last/{scheme.name}$"],
-        ]
-        for scheme in SHOWN
+        f"distance to the last iterate, {s.label}": f"averaging/distance_to_last/{s.name}$"
+        for s in SHOWN
     }
-    | {"lag of target networks": ["Multiline", ["target/.*"]]},
+    | {"lag of target networks": "target/.*"},
 }
-"""The charts under TensorBoard's custom scalars.
+"""The charts under TensorBoard's custom scalars, and their tags.
 
 TensorBoard has one colour for a folder's curves, and tells them apart by marks that it gives out
 anew for each folder. So the averages' evaluations have a folder of their own, and where it can be,
@@ -55,8 +48,7 @@ AVERAGES = "averages"
 TABLE = "evaluations.csv"
 COLUMNS = ("algo", "env_id", "learning_rate", "seed", "total_steps")
 """The hyper-parameters that TensorBoard's table shows without being asked."""
-CSV_COLUMNS = ("step", "scheme", "episode", "return", "length")
-HEADER = ",".join(CSV_COLUMNS).encode() + b"\r\n"
+HEADER = b"step,scheme,episode,return,length\r\n"
 _NUMBER = rb"(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf|nan)"
 _ROW = re.compile(rb"(\d{1,18}),[\w.]+,\d+," + _NUMBER + rb",\d{1,18}\r\n")
 
@@ -145,7 +137,11 @@ class RunFolder:
             lines = "\n".join(f"| {key} | {value} |" for key, value in self.hyperparameters.items())
             table = f"| name | value |\n|---|---|\n{lines}"
             self.events.add(summary.text("hyperparameters", table))
-            self.events.add(summary.custom_scalars(LAYOUT))
+            layout = {
+                about: {title: ["Multiline", [tags]] for title, tags in charts.items()}
+                for about, charts in CHARTS.items()
+            }
+            self.events.add(summary.custom_scalars(layout))
         elif (path / AVERAGES).is_dir():
             self.averages = EventFile(path / AVERAGES, resume_at)
 
@@ -170,12 +166,10 @@ class RunFolder:
         """Write one scheme's evaluation episodes [E]; to TensorBoard only as part of a curve."""
         if curve:
             self._events_of(scheme).scalar(f"eval/{scheme}", returns.mean(), step)
-        lines = io.StringIO()
-        csv.writer(lines).writerows(
-            (step, scheme, episode, float(total), int(length))
+        data = b"".join(
+            f"{step},{scheme},{episode},{float(total)},{length}\r\n".encode()
             for episode, (total, length) in enumerate(zip(returns, lengths, strict=True))
         )
-        data = lines.getvalue().encode()
         self.table.write(data)
         self.table.flush()
         (self.path / TABLE).stat()  # a run whose folder is gone does not go on
