@@ -29,13 +29,6 @@ class Conv2d(nn.Module):
     that member's generator. The members are taken one after another: each is the very convolution
     that it is alone, which a grouped one is not always to the last bit.
 
-    Args:
-        channels: Channels of the input.
-        filters: Channels of the output.
-        kernel: Height and width of the kernel.
-        stride: Its step in both directions.
-        generators: One generator per member, on the CPU.
-
     Shape:
         x [M, B, channels, H, W] -> [M, B, filters, H', W'].
     """
@@ -124,11 +117,7 @@ class FrameReplay(Replay):
     more; where episodes are so short that their first frames need more, more are made.
 
     Args:
-        capacity: Transitions kept per seed.
-        obs_dim: Frames in a stack, height, width.
-        action_dim: Size A of a stored action; 1 for a discrete one.
-        members: Number S of seeds.
-        device: Where frames and rows live and are sampled.
+        obs_dim: Frames in a stack, height, width; the others as in `Replay`.
 
     Attributes:
         frames: What lies in each place, uint8 [S, places, H, W].
@@ -171,14 +160,7 @@ class FrameReplay(Replay):
         terminated: NDArray[np.bool_],
         next_obs: NDArray[Any],
     ) -> None:
-        """Store n transitions of every seed.
-
-        Args:
-            obs: Stacks [S, n, K, H, W] of bytes.
-            action: [S, n, A], or [S, n] for discrete actions.
-            reward: [S, n].
-            terminated: [S, n]; not truncated.
-            next_obs: [S, n, K, H, W]; the real last observation where the episode ended.
+        """Store n transitions of every seed, as `Replay.add` does, of stacks [S, n, K, H, W].
 
         Raises:
             ValueError: n is above the capacity, or there are more places than float32 can count.

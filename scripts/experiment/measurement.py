@@ -57,10 +57,9 @@ def run(
 ) -> None:
     """Train a job's seeds and write a folder for each under `out`; do nothing where that is done.
 
+    A try that was cut short goes on, and one that another process makes is waited for.
+
     Args:
-        job: What to train.
-        out: The folder of run folders; a try that was cut short there goes on, and one that another
-            process makes is waited for.
         report: Called with the environment step after every thousandth of the run.
         set_up: Readies a job whose folders are held.
         processes: That play evaluation episodes, as in `TrainConfig`.

@@ -25,10 +25,8 @@ def collect(out: Path, scores: Mapping[str, Sequence[float]] | None = None) -> N
 
     Nobody else writes to `out`, but for workers to the folders of their runs.
 
-    Args:
-        out: As in `Options`.
-        scores: What 0 and 1 of normalised scores are, [random, reference] by environment; those
-            that an earlier call was given stay beside them.
+    `scores` are what 0 and 1 of normalised scores are, [random, reference] by environment; those
+    that an earlier call was given stay beside them.
 
     Raises:
         OSError: They cannot be written; those that were there still are.
@@ -72,12 +70,8 @@ def add(new: Path, kept: Path) -> None:
     third to a half, whose place it takes. What ended in a crash is kept in runs.json, until it has
     been done again; runs that are there already stay as they are.
 
-    Args:
-        new: A folder of results, as `collect` writes it.
-        kept: Another one.
-
     Raises:
-        ValueError: One of them holds something else.
+        ValueError: One of the folders holds something else than what `collect` writes.
         OSError: They cannot be written; what was there still is.
     """
     folders = (kept, new)

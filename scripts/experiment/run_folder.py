@@ -73,12 +73,9 @@ def new_run_folder(root: Path, env_id: str, algo: str, seed: int) -> Path:
 
 
 def rows_until(folder: Path, mark: Sequence[Any], step: int) -> tuple[bytes, str]:
-    """The table that a checkpoint knew, and what is wrong with it, or nothing.
+    """The table that a checkpoint of this step and mark knew, and what is wrong with it, or "".
 
-    Args:
-        folder: Of the run.
-        mark: What `RunFolder.mark` was at the checkpoint.
-        step: Of the checkpoint; a table that is damaged gives its whole rows up to there.
+    One that is damaged gives its whole rows up to there.
     """
     size, sha256 = mark
     try:
