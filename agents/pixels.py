@@ -5,6 +5,7 @@ last K frames, uint8, as `gymnasium.wrappers.FrameStackObservation` makes it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -137,7 +138,7 @@ class FrameReplay(Replay):
         stack, *image = obs_dim
         super().__init__(capacity, stack, action_dim, members, device)
         self.frames = torch.empty(members, 0, *image, dtype=torch.uint8, device=device)
-        self.uses: list[list[int]] = [[] for _ in range(members)]  # how often rows show each place
+        self.uses = [Counter[int]() for _ in range(members)]  # how often rows show each place
         self.free: list[list[int]] = [[] for _ in range(members)]  # the places that no row shows
         # Where the frames lie of the stacks that the last step ended with, by their bytes.
         self.known: list[dict[bytes, list[int]]] = [{} for _ in range(members)]
@@ -193,12 +194,10 @@ class FrameReplay(Replay):
         self.shown[:, at] = shown = rows.numpy()[..., self.columns]
         super().append(rows)
         for member, uses in enumerate(self.uses):
-            for place in shown[member].astype(int).flat:
-                uses[place] += 1
-            for place in replaced[member].flat:
-                uses[place] -= 1
-                if not uses[place]:
-                    self.free[member].append(place)
+            uses.update(shown[member].astype(int).ravel().tolist())
+            uses.subtract(replaced[member].ravel().tolist())
+            gone = (place for place in np.unique(replaced[member]).tolist() if not uses[place])
+            self.free[member] += gone
 
     def batches(self, batch_size: int, streams: Streams, count: int) -> Iterator[Batch]:
         """Batches of `Replay.batches`, with stacks put together: uint8 [S, B, K, H, W]."""
@@ -274,6 +273,5 @@ class FrameReplay(Replay):
         frames = self.frames.new_empty(members, made + more, *image)
         frames[:, :made] = self.frames
         self.frames = frames
-        for uses, free in zip(self.uses, self.free, strict=True):
-            uses += [0] * more
+        for free in self.free:
             free[:0] = range(made + more - 1, made - 1, -1)  # the lowest one is taken first

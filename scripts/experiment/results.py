@@ -130,11 +130,8 @@ def describe(job: Job, name: str, seed: int, out: Path) -> dict[str, Any]:
     crashed = (out / "jobs" / f"{job.run_names()[0]}.crashed").exists()
     key = {"run": name, "env": job.env_id, "algo": job.algo, "seed": seed, "variant": job.variant}
     known: dict[str, Any] = {"seconds": None, "evaluating": None, "commit": ""}
+    known |= {name: end[name] for name in known if end and name in end}
     config = {"total_steps": job.steps(), **dataclasses.asdict(job.agent_config())}
     config |= {name: getattr(job, name) for name in ("lr_decay", "lr_decay_until", "lr_floor")}
-    return {
-        **key,
-        "status": status or ("crashed" if crashed else "not run"),
-        **{name: (end or known)[name] for name in known},
-        "config": config,
-    }
+    status = status or ("crashed" if crashed else "not run")
+    return {**key, "status": status, **known, "config": config}
