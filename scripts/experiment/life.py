@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +31,21 @@ from scripts.experiment.run_folder import AVERAGES, HEADER, RunFolder, rows_unti
 CHECKPOINT = "checkpoint"
 
 
+@dataclass(eq=False)
 class Run:
-    """A training under way, and all that is kept of it.
+    """A training under way, and all that is kept of it."""
 
-    Attributes:
-        about: Plain values that a checkpoint says about the run; the caller's to change.
-        tried_at: Environment step of the last checkpoint, written or not.
-        notes: Why it may not be the same, to the bit, as if it had never stopped.
-    """
+    training: Training
+    averages: PolicyAverages | None
+    folders: list[RunFolder]
+    checkpoints: Checkpoints
+    held: Hold
+    notes: Sequence[str] = ()  # why it may not be the same, to the bit, as if it had never stopped
 
-    def __init__(
-        self,
-        training: Training,
-        averages: PolicyAverages | None,
-        folders: list[RunFolder],
-        checkpoints: Checkpoints,
-        held: Hold,
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.notes = notes
-        self.training, self.averages = training, averages
-        self.folders, self.checkpoints, self.held = folders, checkpoints, held
-        self.about = checkpoints.about
-        self.tried_at = training.step
-        training.logs = tuple(folders)
+    def __post_init__(self) -> None:
+        self.about = self.checkpoints.about  # the caller's to change
+        self.tried_at = self.training.step  # of the last checkpoint, written or not
+        self.training.logs = tuple(self.folders)
 
     @property
     def path(self) -> Path:

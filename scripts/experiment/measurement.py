@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -231,30 +232,22 @@ class Kept(Protocol):
         """Close environments and files."""
 
 
+@dataclass(eq=False)
 class Measurement:
-    """Trains, and evaluates the schemes of a run at its points.
+    """Trains, and evaluates the schemes of a run at its points."""
 
-    Args:
-        averages: What is recorded of the training's policy, with `in_bank` and a timeline.
-        target: The target network of the policy, where there is one.
+    job: Job
+    training: Trains
+    averages: PolicyAverages  # of the training's policy: those `in_bank`, and a timeline
+    run: Kept
+    target: TargetNetwork | None = None  # of the policy, where there is one
 
-    Attributes:
-        checkpoints: The weights of past iterates that wait for the end, by scheme.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        training: Trains,
-        averages: PolicyAverages,
-        run: Kept,
-        target: TargetNetwork | None = None,
-    ) -> None:
-        self.job, self.training, self.averages = job, training, averages
-        self.run, self.target = run, target
-        assert averages.timeline is not None
-        self.timeline = averages.timeline
-        self.rules = rules(training.total_updates)
+    def __post_init__(self) -> None:
+        job = self.job
+        assert self.averages.timeline is not None
+        self.timeline = self.averages.timeline
+        self.rules = rules(self.training.total_updates)
+        # The weights of past iterates that wait for the end, by scheme.
         self.checkpoints: dict[str, dict[str, Tensor]] = {}
         self.common, self.other = (  # [S, E] each
             np.stack(

@@ -4,6 +4,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def recorded(scores: Any) -> dict[str, Scale]:
     return scales
 
 
+@dataclass(eq=False)
 class Report:
     """Writes the sections of a report to a page.
 
@@ -122,17 +124,15 @@ class Report:
     as far as they are known.
     """
 
-    def __init__(
-        self,
-        page: Page,
-        strata: Sequence[Stratum],
-        planned: Sequence[Run],
-        primary: str,
-        replay: Replay | None,
-    ) -> None:
-        self.page, self.read, self.planned, self.primary = page, strata, planned, primary
-        registered, self.others = divide(strata)
-        self.study = Study(registered, planned, replay)
+    page: Page
+    read: Sequence[Stratum]
+    planned: Sequence[Run]
+    primary: str
+    replay: Replay | None
+
+    def __post_init__(self) -> None:
+        registered, self.others = divide(self.read)
+        self.study = Study(registered, self.planned, self.replay)
         ended = self.study.cells.values()
         self.strata = [*ended, *self.others]  # of a cell that has not ended nothing is shown
 
