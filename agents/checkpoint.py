@@ -93,16 +93,9 @@ class Checkpoint:
         return data
 
 
+@dataclasses.dataclass(eq=False)
 class Checkpoints:
     """Writes the checkpoints of one training.
-
-    Args:
-        folder: Where; made if it is not there.
-        training: The run; the environments are those that it made itself.
-        averages: The averages that are recorded of it, if any.
-        about: Plain values that say how to build the training again, for `Checkpoint.about`.
-        replay: Keep the replay buffer too. Without it a run can be resumed, but not to the bit.
-        after: The checkpoint that the training was restored from.
 
     Attributes:
         step: Environment steps of the last checkpoint that was written, None before the first.
@@ -111,21 +104,17 @@ class Checkpoints:
         ValueError: The training is on environments that it did not make itself.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        training: Training,
-        averages: PolicyAverages | None = None,
-        about: Mapping[str, Any] | None = None,
-        *,
-        replay: bool = True,
-        after: Checkpoint | None = None,
-    ) -> None:
-        _own_environments(training)
-        self.folder = folder
-        self.training, self.averages = training, averages
-        self.about = dict(about or {})
-        self.replay = replay
+    folder: Path  # made if it is not there
+    training: Training
+    averages: PolicyAverages | None = None  # that are recorded of it
+    about: State = dataclasses.field(default_factory=dict)  # how to build it again, in plain values
+    _: dataclasses.KW_ONLY
+    replay: bool = True  # keep it too: without it a run can be resumed, but not to the bit
+    after: dataclasses.InitVar[Checkpoint | None] = None  # that the training was restored from
+
+    def __post_init__(self, after: Checkpoint | None) -> None:
+        _own_environments(self.training)
+        self.about = dict(self.about)
         self.number = after.number if after else 0
         self.step = after.step if after else None
         self.pieces = list(after.pieces or []) if after else []

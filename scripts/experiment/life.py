@@ -130,7 +130,7 @@ def begin(
     averages: PolicyAverages | None,
     held: Hold,
     paths: Sequence[Path],
-    about: Mapping[str, Any],
+    about: dict[str, Any],
     *,
     replay: bool = True,
 ) -> Run:
