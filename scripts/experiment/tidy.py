@@ -315,20 +315,13 @@ def planned_run(entry: Any) -> Run:
     if missing := [k for k in ("run", "env", "algo", "seed", "status") if k not in entry]:
         raise ValueError(f"missing {missing} in {str(entry)[:200]}")
     config = entry.get("config") or {}
+    if isinstance(config, str):
+        config = json.loads(config)
     seconds, evaluating = (
         None if entry.get(name) in (None, "") else float(entry[name])
         for name in ("seconds", "evaluating")
     )
-    if isinstance(config, str):
-        config = json.loads(config)
-    return Run(
-        env=str(entry["env"]),
-        algo=str(entry["algo"]),
-        variant=str(entry.get("variant") or ""),
-        run=str(entry["run"]),
-        seed=str(entry["seed"]),
-        status=str(entry["status"]).replace("_", " "),
-        seconds=seconds,
-        evaluating=evaluating,
-        config={str(name): str(value) for name, value in dict(config).items()},
-    )
+    key = (str(entry["env"]), str(entry["algo"]), str(entry.get("variant") or ""))
+    status = str(entry["status"]).replace("_", " ")
+    config = {str(name): str(value) for name, value in dict(config).items()}
+    return Run(*key, str(entry["run"]), str(entry["seed"]), status, seconds, evaluating, config)
