@@ -198,13 +198,8 @@ def count_rows(folder: Path) -> tuple[int, str]:
 class Trains(Protocol):
     """What is measured: an `agents.training.Training`, or another program's in this form."""
 
-    @property
-    def evaluator(self) -> Evaluator:
-        """Plays the episodes."""
-
-    @property
-    def step(self) -> int:
-        """Environment steps taken."""
+    evaluator: Evaluator
+    step: int  # environment steps taken
 
     @property
     def total_updates(self) -> int:

@@ -72,7 +72,7 @@ class PPORun:
         settings = {name: value for name, value in vars(c).items() if name != "n_envs"}
         self.envs = make_vec_env(job.env_id, c.n_envs, seed=seed)
         self.model = PPO("MlpPolicy", self.envs, seed=seed, device=job.device, **settings)
-        self.rollout = c.n_envs * c.n_steps
+        self.step, self.rollout = 0, c.n_envs * c.n_steps  # environment steps
         rollouts = -(-job.steps() // self.rollout)
         self.total_updates = rollouts * c.n_epochs * -(-self.rollout // c.batch_size)
         self.averaging = PolyakAveragingCallback(in_bank(self.total_updates), capacity=job.capacity)
@@ -86,14 +86,10 @@ class PPORun:
         self.about = beginning(job)
         self.folders = [RunFolder(path, job.algo, seed, config, c)]
 
-    @property
-    def step(self) -> int:
-        """Environment steps taken."""
-        return self.model.num_timesteps
-
     def advance(self) -> None:
         """Go on by a rollout and its update, which is as if `learn` had not stopped in between."""
         self.model.learn(self.rollout, self.averaging, reset_num_timesteps=False)
+        self.step = self.model.num_timesteps
 
     def play(
         self, states: Mapping[str, Mapping[str, Tensor]], episodes: NDArray[Any]
