@@ -172,9 +172,7 @@ class FinishedRun:
 def read(path: Path, *, trust: bool = False) -> FinishedRun:
     """A run that has ended, or the folder that `scripts.ship` made of one.
 
-    Args:
-        path: Its folder.
-        trust: Import the modules that its environment and its wrappers name.
+    With `trust` the modules that its environment and its wrappers name are imported.
 
     Raises:
         ValueError: The folder does not hold a run that has ended, a file is damaged, or it names a

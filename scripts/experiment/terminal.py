@@ -42,11 +42,6 @@ def command_line(
 
     Both return the exit code. What is raised is said in a sentence: with 2 as exit code where it is
     ValueError or OSError, with 1 where an environment is at fault.
-
-    Args:
-        name: Of the script.
-        kind: What the options are.
-        description: For its help.
     """
 
     def decorate(do: Callable[[Options], int]) -> Callable[..., int]:

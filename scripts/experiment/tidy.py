@@ -126,9 +126,7 @@ class Stratum:
     def shipped(self, scheme: str, *beside: str) -> Floats:
         """The normalised score at the end of the run, [N]; NaN for a run that lacks it.
 
-        Args:
-            scheme: The policy's weights.
-            beside: Others that it will be compared with: episodes that one did not play are out.
+        `beside` are others to compare it with: episodes that one of them did not play are out.
         """
         return self.normalise(each(self.episodes(scheme, *beside), np.mean))
 
