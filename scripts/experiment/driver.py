@@ -29,18 +29,18 @@ def finished(job: Job, out: Path) -> bool:
         ValueError: It was done, or begun, with other settings.
     """
     runs = [out / "runs" / name for name in job.run_names()]
-    done = all(ending(run, job) for run in runs)
+    ends = [ending(run, job) for run in runs]  # of each: what has ended with others is refused
     record = job_file(job, out)
     try:
         said = plain(read_job(record))
     except (FileNotFoundError, ValueError):
         said = None
-    if done and said != plain(job):
+    if all(ends) and said != plain(job):
         write_job(job, record)
     begun = any((run / CHECKPOINT).is_dir() for run in runs)
-    if begun and not done and said not in (None, plain(job)):
+    if begun and not all(ends) and said not in (None, plain(job)):
         raise ValueError(f"{record} has other settings than asked for now; give another --out")
-    return done
+    return all(ends)
 
 
 class Process(Protocol):
