@@ -201,27 +201,23 @@ def plan(options: Options[Any]) -> list[Job]:
         return study(options)
     if options.tier is not None:
         grid = TIERS[options.tier]
-    else:
-        assert options.algo is not None
-        assert options.env_id is not None
+    elif options.algo in ALGORITHMS:
         changes = {"agent": changed(options), "wrap": options.wrap}
-        grid = [(options.algo, options.env_id, options.seeds or 20, changes)]
+        grid = [(options.algo, str(options.env_id), 20, changes)]
+    else:
+        raise ValueError(f"algo must be one of {', '.join(ALGORITHMS)}, got {options.algo!r}")
     common: dict[str, Any] = {"device": "cuda" if options.num_gpus else "cpu"}
     if options.tier == "s":
         common |= SMOKE
+    asked: dict[str, Any] = {"total_steps": options.total_steps} if options.total_steps else {}
+    if options.lr_decay == "linear":
+        asked |= {"variant": "lr=linear", "lr_decay": "linear"}
     jobs: list[Job] = []
     for algo, env_id, seeds, changes in grid:
-        if algo not in ALGORITHMS:
-            raise ValueError(f"algo must be one of {', '.join(ALGORITHMS)}, got {algo!r}")
-        base = Job(algo, env_id, (), **{**common, **changes})
-        if options.total_steps:
-            base = dataclasses.replace(base, total_steps=options.total_steps)
-        if options.lr_decay == "linear":
-            base = dataclasses.replace(base, variant="lr=linear", lr_decay="linear")
         every = range(options.first_seed, options.first_seed + (options.seeds or seeds))
         for i in range(0, len(every), options.together):
             group = tuple(every[i : i + options.together])
-            jobs.append(dataclasses.replace(base, seeds=group))
+            jobs.append(Job(algo, env_id, group, **{**common, **changes, **asked}))
     return jobs
 
 
