@@ -6,7 +6,6 @@ A new agent is a file like `agents/ddpg.py`, and elsewhere these lines:
 |---|---|
 | `agents/agent.py` | what its own settings may be, in `LIMITS` |
 | `agents/presets.py` | its name, class and config, in `ALGORITHMS` |
-| `scripts/train.py` | its subcommand, and the environment that it gets unless told |
 | `tests/test_program.py` | a small config, in `CASES` |
 """
 

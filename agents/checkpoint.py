@@ -45,30 +45,30 @@ SCHEMA = 5
 
 State = dict[str, Any]
 
+CLOCKS = ("step", "updates", "skipped", "evaluated_at")
+ARRAYS = {  # in a checkpoint -> of a training
+    "obs": "obs",
+    "ended": "ended",
+    "return": "episode_return",
+    "length": "episode_length",
+    "latest_return": "latest_return",
+    "logged_at": "episode_logged_at",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read from disk, every file of it verified.
-
-    Attributes:
-        folder: Where it lies.
-        number: Its place among the run's checkpoints.
-        about: What `Checkpoints` was told about the run.
-        training: What was trained, as `describe` says it.
-        versions: Of what decided its bits.
-        pieces: First and one past the last transition of each replay file; None without replay.
-        sha256: File name -> checksum.
-        state: The tensors and plain values.
-    """
+    """A checkpoint that was read from disk, every file of it verified."""
 
     folder: Path
-    number: int
-    about: State
-    training: State
-    versions: dict[str, str]
+    number: int  # its place among the run's checkpoints
+    about: State  # what `Checkpoints` was told about the run
+    training: State  # what was trained, as `describe` says it
+    versions: dict[str, str]  # of what decided its bits
+    # First and one past the last transition of each replay file; None without replay.
     pieces: list[tuple[int, int]] | None
-    sha256: dict[str, str]
-    state: State
+    sha256: dict[str, str]  # file name -> checksum
+    state: State  # the tensors and plain values
 
     @property
     def step(self) -> int:
@@ -93,16 +93,9 @@ class Checkpoint:
         return data
 
 
+@dataclasses.dataclass(eq=False)
 class Checkpoints:
     """Writes the checkpoints of one training.
-
-    Args:
-        folder: Where; made if it is not there.
-        training: The run; the environments are those that it made itself.
-        averages: The averages that are recorded of it, if any.
-        about: Plain values that say how to build the training again, for `Checkpoint.about`.
-        replay: Keep the replay buffer too. Without it a run can be resumed, but not to the bit.
-        after: The checkpoint that the training was restored from.
 
     Attributes:
         step: Environment steps of the last checkpoint that was written, None before the first.
@@ -111,21 +104,17 @@ class Checkpoints:
         ValueError: The training is on environments that it did not make itself.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        training: Training,
-        averages: PolicyAverages | None = None,
-        about: Mapping[str, Any] | None = None,
-        *,
-        replay: bool = True,
-        after: Checkpoint | None = None,
-    ) -> None:
-        _own_environments(training)
-        self.folder = folder
-        self.training, self.averages = training, averages
-        self.about = dict(about or {})
-        self.replay = replay
+    folder: Path  # made if it is not there
+    training: Training
+    averages: PolicyAverages | None = None  # that are recorded of it
+    about: State = dataclasses.field(default_factory=dict)  # how to build it again, in plain values
+    _: dataclasses.KW_ONLY
+    replay: bool = True  # keep it too: without it a run can be resumed, but not to the bit
+    after: dataclasses.InitVar[Checkpoint | None] = None  # that the training was restored from
+
+    def __post_init__(self, after: Checkpoint | None) -> None:
+        _own_environments(self.training)
+        self.about = dict(self.about)
         self.number = after.number if after else 0
         self.step = after.step if after else None
         self.pieces = list(after.pieces or []) if after else []
@@ -286,12 +275,7 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
     """All that changes in a training but its replay rows, as tensors and plain values."""
     envs = _own_environments(training)
     return {
-        "clocks": {
-            "step": training.step,
-            "updates": training.updates,
-            "skipped": training.skipped,
-            "evaluated_at": training.evaluated_at,
-        },
+        "clocks": {name: getattr(training, name) for name in CLOCKS},
         "agent": {name: part.state_dict() for name, part in _parts(training.agent).items()},
         "sampling": training.learner.sampling.state_dict(),
         "averages": averages.state_dict() if averages else None,
@@ -300,15 +284,8 @@ def training_state(training: Training, averages: PolicyAverages | None = None) -
             scheme: [torch.from_numpy(x.copy()) for x in result]
             for scheme, result in training.evaluations.items()
         },
-        "environments": {
-            "episode": [env.episode for env in envs],
-            "obs": torch.from_numpy(training.obs.copy()),
-            "ended": torch.from_numpy(training.ended.copy()),
-            "return": torch.from_numpy(training.episode_return.copy()),
-            "length": torch.from_numpy(training.episode_length.copy()),
-            "latest_return": torch.from_numpy(training.latest_return.copy()),
-            "logged_at": torch.from_numpy(training.episode_logged_at.copy()),
-        },
+        "environments": {"episode": [env.episode for env in envs]}
+        | {key: torch.from_numpy(getattr(training, name).copy()) for key, name in ARRAYS.items()},
     }
 
 
@@ -381,22 +358,13 @@ def _load(training: Training, averages: PolicyAverages | None, state: State) -> 
         scheme: Evaluation(returns.numpy(), lengths.numpy())
         for scheme, (returns, lengths) in state["evaluations"].items()
     }
-    clocks = state["clocks"]
-    training.step, training.updates = clocks["step"], clocks["updates"]
-    training.evaluated_at, training.skipped = clocks["evaluated_at"], clocks.get("skipped", 0)
+    for name in CLOCKS:
+        setattr(training, name, state["clocks"][name])
 
 
 def _require_fit(name: str, ours: Any, theirs: Any) -> None:
     """Raise ValueError where a saved value has not the form of the one it is to replace."""
-    if isinstance(ours, Tensor):
-        fits = _form(ours) == _form(theirs)
-    elif isinstance(ours, Mapping):
-        fits = isinstance(theirs, Mapping) and ours.keys() == theirs.keys()
-    else:
-        fits = type(ours) is type(theirs)
-        if fits and isinstance(ours, list | tuple):
-            fits = len(ours) == len(theirs)
-    if not fits:
+    if _form(ours) != _form(theirs):
         raise ValueError(
             f"the checkpoint does not fit this training at {name}: {_form(theirs)} there, "
             f"{_form(ours)} here"
@@ -412,6 +380,10 @@ def _require_fit(name: str, ours: Any, theirs: Any) -> None:
 def _form(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(sorted(map(repr, value)))}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
 
 
@@ -424,12 +396,8 @@ def _own_environments(training: Training) -> list[EpisodeSeeds]:
 
 def _restore_environments(training: Training, saved: State) -> list[str]:
     """Bring every environment back into its episode, or begin the next one and say so."""
-    training.obs = saved["obs"].numpy().copy()
-    training.ended = saved["ended"].numpy().copy()
-    training.episode_return = saved["return"].numpy().copy()
-    training.episode_length = saved["length"].numpy().copy()
-    training.latest_return = saved["latest_return"].numpy().copy()
-    training.episode_logged_at = saved["logged_at"].numpy().copy()
+    for key, name in ARRAYS.items():
+        setattr(training, name, saved[key].numpy().copy())
     notes = []
     envs = _own_environments(training)
     for i, env in enumerate(envs):

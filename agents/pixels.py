@@ -5,6 +5,7 @@ last K frames, uint8, as `gymnasium.wrappers.FrameStackObservation` makes it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,13 +29,6 @@ class Conv2d(nn.Module):
     Weights and biases are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default law, with
     that member's generator. The members are taken one after another: each is the very convolution
     that it is alone, which a grouped one is not always to the last bit.
-
-    Args:
-        channels: Channels of the input.
-        filters: Channels of the output.
-        kernel: Height and width of the kernel.
-        stride: Its step in both directions.
-        generators: One generator per member, on the CPU.
 
     Shape:
         x [M, B, channels, H, W] -> [M, B, filters, H', W'].
@@ -124,11 +118,7 @@ class FrameReplay(Replay):
     more; where episodes are so short that their first frames need more, more are made.
 
     Args:
-        capacity: Transitions kept per seed.
-        obs_dim: Frames in a stack, height, width.
-        action_dim: Size A of a stored action; 1 for a discrete one.
-        members: Number S of seeds.
-        device: Where frames and rows live and are sampled.
+        obs_dim: Frames in a stack, height, width; the others as in `Replay`.
 
     Attributes:
         frames: What lies in each place, uint8 [S, places, H, W].
@@ -148,7 +138,7 @@ class FrameReplay(Replay):
         stack, *image = obs_dim
         super().__init__(capacity, stack, action_dim, members, device)
         self.frames = torch.empty(members, 0, *image, dtype=torch.uint8, device=device)
-        self.uses: list[list[int]] = [[] for _ in range(members)]  # how often rows show each place
+        self.uses = [Counter[int]() for _ in range(members)]  # how often rows show each place
         self.free: list[list[int]] = [[] for _ in range(members)]  # the places that no row shows
         # Where the frames lie of the stacks that the last step ended with, by their bytes.
         self.known: list[dict[bytes, list[int]]] = [{} for _ in range(members)]
@@ -171,14 +161,7 @@ class FrameReplay(Replay):
         terminated: NDArray[np.bool_],
         next_obs: NDArray[Any],
     ) -> None:
-        """Store n transitions of every seed.
-
-        Args:
-            obs: Stacks [S, n, K, H, W] of bytes.
-            action: [S, n, A], or [S, n] for discrete actions.
-            reward: [S, n].
-            terminated: [S, n]; not truncated.
-            next_obs: [S, n, K, H, W]; the real last observation where the episode ended.
+        """Store n transitions of every seed, as `Replay.add` does, of stacks [S, n, K, H, W].
 
         Raises:
             ValueError: n is above the capacity, or there are more places than float32 can count.
@@ -211,12 +194,10 @@ class FrameReplay(Replay):
         self.shown[:, at] = shown = rows.numpy()[..., self.columns]
         super().append(rows)
         for member, uses in enumerate(self.uses):
-            for place in shown[member].astype(int).flat:
-                uses[place] += 1
-            for place in replaced[member].flat:
-                uses[place] -= 1
-                if not uses[place]:
-                    self.free[member].append(place)
+            uses.update(shown[member].astype(int).ravel().tolist())
+            uses.subtract(replaced[member].ravel().tolist())
+            gone = (place for place in np.unique(replaced[member]).tolist() if not uses[place])
+            self.free[member] += gone
 
     def batches(self, batch_size: int, streams: Streams, count: int) -> Iterator[Batch]:
         """Batches of `Replay.batches`, with stacks put together: uint8 [S, B, K, H, W]."""
@@ -292,6 +273,5 @@ class FrameReplay(Replay):
         frames = self.frames.new_empty(members, made + more, *image)
         frames[:, :made] = self.frames
         self.frames = frames
-        for uses, free in zip(self.uses, self.free, strict=True):
-            uses += [0] * more
+        for free in self.free:
             free[:0] = range(made + more - 1, made - 1, -1)  # the lowest one is taken first

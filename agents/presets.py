@@ -106,10 +106,7 @@ PRESETS: dict[str, dict[str, tuple[int, Mapping[str, Any]]]] = {
     },
     "ddpg": {
         # zoo, ddpg.yml
-        "Pendulum-v1": (
-            20_000,
-            {"gamma": 0.98, "buffer_size": 200_000, "learning_starts": 10_000},
-        ),
+        "Pendulum-v1": (20_000, {"gamma": 0.98, "buffer_size": 200_000, "learning_starts": 10_000}),
         "InvertedPendulum-v5": (30_000, _DDPG_QUICK),
         "Reacher-v5": (30_000, _DDPG_QUICK),
         **dict.fromkeys(
@@ -125,8 +122,7 @@ PRESETS: dict[str, dict[str, tuple[int, Mapping[str, Any]]]] = {
         # Stable-Baselines3's defaults, learning_starts 100
         "InvertedDoublePendulum-v5": (30_000, {}),
         **dict.fromkeys(
-            ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Reacher-v5"),
-            (1_000_000, _SAC_MUJOCO),
+            ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Reacher-v5"), (1_000_000, _SAC_MUJOCO)
         ),
         # zoo, sac.yml
         "Swimmer-v5": (1_000_000, {**_SAC_MUJOCO, "gamma": 0.9999}),

@@ -19,21 +19,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from polyak_rl.choose import choose, one_by_one, rounds
+from polyak_rl.choose import Play, choose, one_by_one, rounds
 from scripts.experiment import stats
-from scripts.experiment.analysis import FEWEST
+from scripts.experiment.analysis import FEWEST, MARGIN
 from scripts.experiment.figures import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
 from scripts.experiment.paths import make_folder
-from scripts.experiment.schemes import KNOWN, LAST
+from scripts.experiment.schemes import KNOWN, LAST, LATE
 from scripts.experiment.stats import Floats, Interval
-from scripts.experiment.tidy import SCALES, read_table, result_files
+from scripts.experiment.terminal import command_line
+from scripts.experiment.tidy import SCALES, Episodes, Key, read_episodes, result_files
+from scripts.experiment.wording import table
 
 BASE = LAST.name
 SKY = "#56B4E9"  # of Okabe and Ito's as well
@@ -41,8 +43,7 @@ SKY = "#56B4E9"  # of Okabe and Ito's as well
 BUDGETS = (0, 5, 12, 36, 60, 120)
 PRIOR = "tail25"
 HELD_OUT = 4  # fewer episodes than this do not score a choice
-LATE, LATEST = 0.2, 9  # of the past: evaluations in this share of the run, at most so many
-MARGIN = 0.2  # standard deviations of the last iterate over runs: smaller does not matter
+LATEST = 9  # evaluations from `LATE` of the run on stand for its past, at most so many
 CHECKPOINTS = {name for name, scheme in KNOWN.items() if scheme.is_checkpoint}
 # In the order of belief: a budget too small for all candidates takes the first ones.
 BELIEF = (PRIOR, BASE, "tail10", "tail50", "ema1", "tail5", "target")
@@ -52,7 +53,7 @@ BELIEF = (PRIOR, BASE, "tail10", "tail50", "ema1", "tail5", "target")
 class Run:
     """The candidates of one run and their stored returns."""
 
-    key: tuple[str, str, str]  # env, algo, variant
+    key: Key
     name: str
     returns: dict[str, dict[str, float]]  # candidate -> episode -> return
     past: list[str]  # candidates of the past, the newest first
@@ -119,40 +120,28 @@ class Group:
 
 def read(files: Iterable[Path]) -> list[Run]:
     """The runs in tidy rows, in order of their names."""
-    rows: dict[tuple[str, ...], dict[int, dict[str, dict[str, float]]]] = {}
-    for path in files:
-        for place, row in read_table(path):
-            key = (row["env"], row["algo"], row.get("variant") or "", row["run"])
-            point = rows.setdefault(key, {}).setdefault(int(number(row["step"], place)), {})
-            episodes = point.setdefault(row["scheme"], {})
-            episodes[row["episode"]] = number(row["return"], place)
-    return [as_run(key, points) for key, points in sorted(rows.items())]
+    return [
+        as_run(key, name, episodes)
+        for key, runs in read_episodes(files).items()
+        for (name, _), episodes in sorted(runs.items())
+    ]
 
 
-def number(text: str, place: str) -> float:
-    """A finite number of a row."""
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{place}: step and return must be finite, got {text!r}")
-    return value
-
-
-def as_run(key: tuple[str, ...], points: dict[int, dict[str, dict[str, float]]]) -> Run:
+def as_run(key: Key, name: str, episodes: Episodes) -> Run:
     """One run's candidates at its last step, and of its past."""
-    end = max(points)
-    now = {n: x for n, x in points[end].items() if n not in KNOWN or KNOWN[n].candidate}
+    end = max(step for _, step in episodes)
+    now = {scheme: row for (scheme, step), row in episodes.items() if step == end}
+    now = {n: row for n, row in now.items() if n not in KNOWN or KNOWN[n].candidate}
     ends = {n: KNOWN[n].until or 0 for n in now if n in KNOWN}  # 0: it is not of the past
     past = sorted((n for n in ends if ends[n]), key=lambda n: -ends[n])
+    curve = {step: row for (n, step), row in sorted(episodes.items()) if n == BASE}
     if not past:
-        late = [step for step in sorted(points) if (1 - LATE) * end <= step < end][-LATEST:]
-        then = {f"iterate of step {s}": points[s][BASE] for s in late[::-1] if BASE in points[s]}
+        late = [step for step in curve if LATE * end <= step < end][-LATEST:]
+        then = {f"iterate of step {step}": curve[step] for step in late[::-1]}
         now, past = now | then, [*then]
-    curve = [np.mean([*points[s][BASE].values()]) for s in sorted(points) if BASE in points[s]]
-    learned = float(max(curve, default=0) - min(curve, default=0)) or 1.0
-    return Run((key[0], key[1], key[2]), key[3], now, past, learned)
+    means = [np.mean([*row.values()]) for row in curve.values()]
+    learned = float(max(means, default=0) - min(means, default=0)) or 1.0
+    return Run(key, name, now, past, learned)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -175,15 +164,9 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 # --- rules ----------------------------------------------------------------------------------------
 
 Deal = dict[str, Floats]  # candidate -> returns in the order in which they are dealt out
+Pick = Callable[[Deal], str]
 
-
-def dealt(row: Floats, episodes: range) -> list[float]:
-    """The returns of these episodes."""
-    returns: list[float] = row[episodes.start : episodes.stop].tolist()
-    return returns
-
-
-play = one_by_one(dealt)
+play: Play[Floats] = one_by_one(lambda row, episodes: row[episodes.start : episodes.stop].tolist())
 
 
 def affordable(names: Sequence[str], budget: int) -> list[str]:
@@ -197,29 +180,24 @@ def affordable(names: Sequence[str], budget: int) -> list[str]:
     return list(names[:1])
 
 
-def halving_needs(names: Sequence[str], budget: int) -> int:
-    """How many episodes of one candidate halving may deal out."""
-    return sum(episodes for _, episodes in rounds(len(affordable(names, budget)), budget))
+def halving(names: Sequence[str], budget: int) -> tuple[int, Pick]:
+    """How many episodes of one candidate `polyak_rl.choose` may deal out, and its winner.
 
-
-def halving(names: Sequence[str], deal: Deal, budget: int) -> str:
-    """`polyak_rl.choose`, with the first name as the prior."""
+    The first name is the prior.
+    """
     names = affordable(names, budget)
-    candidates = {name: deal[name] for name in names}
-    return choose(candidates, play, budget=budget, prior=names[0], last=names[0], fresh=0).winner
+    settings: Any = {"budget": budget, "prior": names[0], "last": names[0], "fresh": 0}
+    used = sum(episodes for _, episodes in rounds(len(names), budget))
+    return used, lambda deal: choose({n: deal[n] for n in names}, play, **settings).winner
 
 
-def best_needs(names: Sequence[str], budget: int) -> int:
-    """How many episodes of each candidate `best` deals out."""
-    return budget // len(names[: max(1, budget)])
-
-
-def best(names: Sequence[str], deal: Deal, budget: int) -> str:
+def best(names: Sequence[str], budget: int) -> tuple[int, Pick]:
     """As an evaluation callback: the same number of episodes each, the first of the best stays."""
-    if budget == 0:
-        return names[0]
-    tried = names[:budget][::-1]  # the oldest first
-    return max(tried, key=lambda name: deal[name][: budget // len(tried)].mean())
+    tried = names[: max(1, budget)][::-1]  # the oldest first
+    each = budget // len(tried)
+    if each == 0:
+        return 0, lambda _: names[0]
+    return each, lambda deal: max(tried, key=lambda name: deal[name][:each].mean())
 
 
 @dataclass(frozen=True)
@@ -229,13 +207,12 @@ class Rule:
     label: str
     colour: str
     names: Callable[[Run], list[str]]  # what it chooses among, the first without episodes
-    needs: Callable[[Sequence[str], int], int] = halving_needs
-    pick: Callable[[Sequence[str], Deal, int], str] = halving
+    plan: Callable[[Sequence[str], int], tuple[int, Pick]] = halving
 
 
 RULES = (
-    Rule("always tail25", GREY, lambda run: [PRIOR] * (PRIOR in run.returns), lambda *_: 0),
-    Rule("best checkpoint", ORANGE, lambda run: run.checkpoints, best_needs, best),
+    Rule("always tail25", GREY, lambda run: [PRIOR] * (PRIOR in run.returns)),
+    Rule("best checkpoint", ORANGE, lambda run: run.checkpoints, best),
     Rule("checkpoints, by choose", SKY, lambda run: run.checkpoints),
     Rule("averages, by choose", BLUE, lambda run: run.averages),
     Rule("all, by choose", GREEN, lambda run: run.all),
@@ -254,7 +231,7 @@ def replay(run: Run, rule: Rule, budget: int, splits: int, seed: int = 0) -> flo
     names = rule.names(run)
     if not names or names == [BASE]:
         return math.nan
-    table, used = run.table(names), rule.needs(names, budget)
+    table, (used, pick) = run.table(names), rule.plan(names, budget)
     stored = len(table[BASE])
     if used + HELD_OUT > stored:
         return math.nan
@@ -263,8 +240,7 @@ def replay(run: Run, rule: Rule, budget: int, splits: int, seed: int = 0) -> flo
     for _ in range(splits):
         order = rng.permutation(stored)
         deal = {name: row[order] for name, row in table.items()}
-        winner = rule.pick(names, deal, budget)
-        gains.append(float((deal[winner] - deal[BASE])[used:].mean()))
+        gains.append(float((deal[pick(deal)] - deal[BASE])[used:].mean()))
     return float(np.mean(gains))
 
 
@@ -305,14 +281,7 @@ def held(group: Group, budget: int, draws: int, seed: int = 0) -> Held | None:
 # --- figure and table -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Point:
-    """The gain of one rule at one budget."""
-
-    gain: Interval
-    runs: int
-
-
+Point = tuple[Interval, int]  # the gain of one rule at one budget, over so many runs
 Curves = dict[str, list[Point | None]]  # rule -> at each budget
 
 
@@ -338,8 +307,8 @@ def curves(group: Group, splits: int) -> Curves:
         common = np.all([np.isfinite(gains[label]) for label in usable], axis=0)
         for label, gain in gains.items():
             ok = label in usable and common.sum() >= max(2, few)
-            interval = stats.mean_interval(gain[common]) if ok else None
-            found[label].append(Point(interval, int(common.sum())) if interval else None)
+            point = (stats.mean_interval(gain[common]), int(common.sum())) if ok else None
+            found[label].append(point)
     return {label: points for label, points in found.items() if any(points)}
 
 
@@ -360,7 +329,7 @@ def draw(groups: Sequence[Group], tables: Sequence[Curves]) -> Figure:
         ax.axhline(group.top, color=BLACK, linewidth=0.8, linestyle=":", label="best in hindsight")
         for rule in RULES:
             points = found.get(rule.label, [None] * len(BUDGETS))
-            values = [math.nan if p is None else float(p.gain.estimate) for p in points]
+            values = [math.nan if p is None else float(p[0].estimate) for p in points]
             ax.plot(place, values, "o-", color=rule.colour, markersize=4, label=rule.label)
         ax.set_xticks(place, [str(budget) for budget in BUDGETS])
         low, high = ax.get_ylim()
@@ -423,18 +392,13 @@ def text(groups: Sequence[Group], tables: Sequence[Curves], draws: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def cell(point: Point | None, runs: int) -> str:
     """A gain with its interval, and over how many runs where it is not over all of them."""
     if point is None:
         return "–"
-    gain = f"{point.gain.estimate:+.3f} [{point.gain.low:+.3f}, {point.gain.high:+.3f}]"
-    return gain if point.runs == runs else f"{gain} ({point.runs} runs)"
+    (estimate, low, high), counted = point
+    gain = f"{estimate:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return gain if counted == runs else f"{gain} ({counted} runs)"
 
 
 @dataclass(frozen=True)
@@ -449,20 +413,16 @@ class Options:
     """random splits of a run's episodes"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.choice", description=__doc__)
-    try:
-        if options.splits < 1:
-            raise ValueError(f"splits must be at least 1, got {options.splits}")
-        runs = read(result_files(options.results))
-        groups = grouped([run for run in runs if BASE in run.returns and len(run.returns) > 1])
-        if not groups:
-            raise ValueError("expected runs with candidates besides the last iterate, found none")
-        make_folder(options.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command_line("choice", Options, __doc__)
+def main(options: Options) -> int:
+    """Replay, and write the figure and the tables."""
+    if options.splits < 1:
+        raise ValueError(f"splits must be at least 1, got {options.splits}")
+    runs = read(result_files(options.results))
+    groups = grouped([run for run in runs if BASE in run.returns and len(run.returns) > 1])
+    if not groups:
+        raise ValueError("expected runs with candidates besides the last iterate, found none")
+    make_folder(options.out)
     if left_out := len(runs) - sum(len(group.runs) for group in groups):
         print(f"Left out: {left_out} runs with nothing to choose among at their last step")
     tables = [curves(group, options.splits) for group in groups]

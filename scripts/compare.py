@@ -28,7 +28,7 @@ from agents.environments import EnvironmentFault
 from agents.presets import ALGORITHMS, preset
 from scripts.experiment.baseline import EPISODES, random_score
 from scripts.experiment.driver import execute, finished
-from scripts.experiment.jobs import Job, Options, check, plan
+from scripts.experiment.jobs import Options, check, plan
 from scripts.experiment.locks import Hold
 from scripts.experiment.paths import make_folder
 from scripts.experiment.results import collect
@@ -45,7 +45,7 @@ class OfNoAlgorithm(Options[Any]):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, which nothing that is printed can change."""
-    with unfailing_output():
+    with unfailing_output(), closing(Hold()) as held:
         prog = "python -m scripts.compare"
         words = whole_numbers(sys.argv[1:] if argv is None else argv)
         default = defaults(words)
@@ -55,16 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         agent: Any = type(default.agent)
         kind: Any = OfNoAlgorithm if default.agent is None else cast(Any, Options)[agent]
-        return command(
-            tyro.cli(
-                kind,
-                config=(tyro.conf.AvoidSubcommands,),
-                args=words,
-                prog=prog,
-                description=__doc__,
-                default=default,
-            )
+        options: Options[Any] = tyro.cli(
+            kind,
+            config=(tyro.conf.AvoidSubcommands,),
+            args=words,
+            prog=prog,
+            description=__doc__,
+            default=default,
         )
+        return do(dataclasses.replace(options, out=options.out.expanduser()), held)
 
 
 def defaults(words: Sequence[str]) -> Options[Any]:
@@ -77,14 +76,8 @@ def defaults(words: Sequence[str]) -> Options[Any]:
     return Options(agent=agent) if agent else OfNoAlgorithm()
 
 
-def command(options: Options[Any]) -> int:
-    """Do what a command line asks for; returns the exit code."""
-    with closing(Hold()) as held:
-        return do(dataclasses.replace(options, out=options.out.expanduser()), held)
-
-
 def do(options: Options[Any], held: Hold) -> int:
-    """Do it while nobody else writes to the output folder, which `held` takes."""
+    """Do what a command line asks for, in an output folder that `held` takes."""
     try:
         jobs = plan(options)
         check(jobs)
@@ -106,7 +99,11 @@ def do(options: Options[Any], held: Hold) -> int:
             if options.ray is None:
                 failed = execute(missing, options.out, options.workers)
             else:
-                failed = execute_on_ray(missing, options)
+                from scripts.experiment import cluster  # Ray is there for those who ask for it
+
+                shares = options.num_cpus, options.num_gpus
+                with cluster.connected(options.ray, options.workers, *shares) as begin:
+                    failed = execute(missing, options.out, len(missing), begin)  # Ray queues them
         finally:
             collect(options.out, scores)
     except ConnectionError as error:
@@ -139,17 +136,6 @@ def scale(options: Options[Any]) -> dict[str, tuple[float, float]]:
         if low == high:
             raise ValueError(f"reference-score must differ from the random score, {low}")
     return {options.env_id: (low, high)}
-
-
-def execute_on_ray(jobs: list[Job], options: Options[Any]) -> list[Job]:
-    """Do the jobs on Ray, which queues all of them; returns those that failed."""
-    from scripts.experiment import cluster  # Ray is there for those who ask for it
-
-    assert options.ray is not None
-    with cluster.connected(
-        options.ray, options.workers, options.num_cpus, options.num_gpus
-    ) as begin:
-        return execute(jobs, options.out, workers=len(jobs), begin=begin)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ lead nowhere.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from scripts.documentation.links import broken_links
 from scripts.documentation.pages import build_pages
 from scripts.documentation.reference import build_reference
 from scripts.experiment.paths import make_folder
+from scripts.experiment.terminal import command_line
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,12 @@ class Options:
     """where it is written"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.docs", description=__doc__)
-    try:
-        make_folder(options.folder)
-        build_reference(options.folder)
-        build_pages(options.folder)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command_line("docs", Options, __doc__)
+def main(options: Options) -> int:
+    """Build it, and look at its links."""
+    make_folder(options.folder)
+    build_reference(options.folder)
+    build_pages(options.folder)
     if broken := broken_links(options.folder):
         print("links that lead nowhere:", *broken, sep="\n  ", file=sys.stderr)
         return 1

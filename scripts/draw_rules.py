@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from polyak_rl import parse_rule
 from scripts.experiment.paths import make_folder
+from scripts.experiment.terminal import command_line
 
 UPDATES = 2_000
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito
@@ -32,18 +33,14 @@ class Options:
 DEFAULT = ("uniform", "tail:0.5", "polynomial:3", "power:sigma_rel=0.1", "ema:half_life=100")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.draw_rules", description=__doc__)
-    try:
-        figure = draw(options.rule or DEFAULT)
-        if options.out.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"out must end in .png, .svg or .pdf, got {options.out}")
-        make_folder(options.out.parent)
-        figure.savefig(options.out, dpi=200)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command_line("draw_rules", Options, __doc__)
+def main(options: Options) -> int:
+    """Draw the rules to a file."""
+    figure = draw(options.rule or DEFAULT)
+    if options.out.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"out must end in .png, .svg or .pdf, got {options.out}")
+    make_folder(options.out.parent)
+    figure.savefig(options.out, dpi=200)
     print(f"Written: {options.out}")
     return 0
 

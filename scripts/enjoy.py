@@ -17,12 +17,12 @@ from gymnasium.wrappers import RecordVideo
 from torch import nn
 
 from agents import evaluation
-from agents.environments import EnvironmentFault, make_env
+from agents.environments import make_env
 from agents.players import Slots
 from scripts.experiment.finished import FinishedRun, read
 from scripts.experiment.life import printable
 from scripts.experiment.paths import own_folder
-from scripts.experiment.terminal import unfailing_output
+from scripts.experiment.terminal import command_line
 
 VIDEOS = "videos"
 """The folder of videos in a run's folder."""
@@ -49,41 +49,29 @@ class Options:
     """import the module that the run's environment names, as in my_module:My-v0"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    with unfailing_output():
-        return command(tyro.cli(Options, args=argv, prog="python -m scripts.enjoy"))
-
-
-def command(options: Options) -> int:
-    """Do what a command line asks for; returns the exit code."""
-    try:
-        if options.episodes < 1 or options.seed < 0:
-            raise ValueError(
-                "episodes must be at least 1 and seed at least 0, "
-                f"got {options.episodes} and {options.seed}"
-            )
-        run = read(options.run, trust=options.trust)
-        which = options.policy or run.default
-        policy = run.policy(which)
-        print(f"policy: {named(run, which)}")
-        seeds = range(options.seed, options.seed + options.episodes)
-        with ExitStack() as stack:
-            if options.video:
-                env = stack.enter_context(recorded(run, options.run / VIDEOS))
-            else:
-                make = functools.partial(drawn_env, "human") if options.render else make_env
-                env = stack.enter_context(closing(make(run.env_id, run.wrap)))
-            returns = []
-            for seed, (total, length) in zip(seeds, play(run, policy, env, seeds), strict=True):
-                returns.append(total)
-                print(f"episode seed {seed}: return {total:.1f} in {length} steps")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except EnvironmentFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+@command_line("enjoy", Options)
+def main(options: Options) -> int:
+    """Play the episodes, and print their returns."""
+    if options.episodes < 1 or options.seed < 0:
+        raise ValueError(
+            "episodes must be at least 1 and seed at least 0, "
+            f"got {options.episodes} and {options.seed}"
+        )
+    run = read(options.run, trust=options.trust)
+    which = options.policy or run.default
+    policy = run.policy(which)
+    print(f"policy: {named(run, which)}")
+    seeds = range(options.seed, options.seed + options.episodes)
+    with ExitStack() as stack:
+        if options.video:
+            env = stack.enter_context(recorded(run, options.run / VIDEOS))
+        else:
+            make = functools.partial(drawn_env, "human") if options.render else make_env
+            env = stack.enter_context(closing(make(run.env_id, run.wrap)))
+        returns = []
+        for seed, (total, length) in zip(seeds, play(run, policy, env, seeds), strict=True):
+            returns.append(total)
+            print(f"episode seed {seed}: return {total:.1f} in {length} steps")
     print(f"mean return {np.mean(returns):.1f} over {len(returns)} episodes")
     if options.video:
         print(f"videos: {options.run / VIDEOS}")
@@ -95,12 +83,6 @@ def named(run: FinishedRun, which: str) -> str:
     if which != "shipped":
         return which
     return f"shipped, {printable(str(run.choice['choice']['winner']))}"
-
-
-def record(run: FinishedRun, policy: nn.Module, seeds: Sequence[int], folder: Path) -> None:
-    """Record episodes of a policy to a folder, made if it is not there."""
-    with recorded(run, folder) as env:
-        list(play(run, policy, env, seeds))
 
 
 @contextmanager

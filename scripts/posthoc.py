@@ -24,13 +24,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from agents.environments import EnvironmentFault
 from agents.networks import stack_members
 from polyak_rl.files import write_whole
 from scripts.experiment.episodes import first_episode, note_call, seeds_of
 from scripts.experiment.finished import FinishedRun, read
 from scripts.experiment.locks import Hold
-from scripts.experiment.terminal import unfailing_output
+from scripts.experiment.terminal import command_line
 
 
 @dataclass(frozen=True)
@@ -50,41 +49,27 @@ class Options:
     """import the module that the run's environment names, as in my_module:My-v0"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    with unfailing_output():
-        prog = "python -m scripts.posthoc"
-        return command(tyro.cli(Options, args=argv, prog=prog, description=__doc__))
-
-
-def command(options: Options) -> int:
-    """Do what a command line asks for; returns the exit code."""
-    try:
-        if options.episodes < 2:
-            raise ValueError(f"episodes must be at least 2, got {options.episodes}")
-        run = read(options.run, trust=options.trust)
-        rules = options.rule or ("tail:0.25",)
-        with closing(Hold()) as held:
-            held.take(run.path)
-            first = first_episode(run.path, options.again)
-            numbers = range(first, first + options.episodes)
-            returns = evaluate(run, rules, numbers)
-            held.check()
-            call = note_call(run.path, "posthoc", first, len(numbers))
-            path = run.path / "posthoc.csv"
-            text = StringIO()
-            lines = csv.writer(text)
-            lines.writerow(("rule", "episode", "return"))
-            for rule, row in returns.items():
-                lines.writerows(zip(repeat(rule), numbers, row.tolist(), strict=False))
-            with write_whole(path) as file:
-                file.write(text.getvalue().encode())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except EnvironmentFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+@command_line("posthoc", Options, __doc__)
+def main(options: Options) -> int:
+    """Evaluate the averages, write their returns to the run's folder, and show a table."""
+    if options.episodes < 2:
+        raise ValueError(f"episodes must be at least 2, got {options.episodes}")
+    run = read(options.run, trust=options.trust)
+    with closing(Hold()) as held:
+        held.take(run.path)
+        first = first_episode(run.path, options.again)
+        numbers = range(first, first + options.episodes)
+        returns = evaluate(run, options.rule or ("tail:0.25",), numbers)
+        held.check()
+        call = note_call(run.path, "posthoc", first, len(numbers))
+        path = run.path / "posthoc.csv"
+        text = StringIO()
+        lines = csv.writer(text)
+        lines.writerow(("rule", "episode", "return"))
+        for rule, row in returns.items():
+            lines.writerows(zip(repeat(rule), numbers, row.tolist(), strict=False))
+        with write_whole(path) as file:
+            file.write(text.getvalue().encode())
     Console().print(table(returns, f"{run.path.name}, call {call}"))
     print(f"Written: {path}")
     return 0
@@ -93,12 +78,7 @@ def command(options: Options) -> int:
 def evaluate(
     run: FinishedRun, rules: Sequence[str], episodes: range
 ) -> dict[str, NDArray[np.float64]]:
-    """The returns [episodes] of the last policy and of each rule's, on the same episodes.
-
-    Args:
-        run: Whose weights.
-        rules: As `FinishedRun.weights` takes them.
-        episodes: Their numbers.
+    """The returns of the last policy and of each rule's, on the same episodes of these numbers.
 
     Raises:
         ValueError: There is no timeline, a file is damaged, or a rule is wrong or too fine.

@@ -16,13 +16,13 @@ at all) need no tuning and SGD does.
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
@@ -30,6 +30,7 @@ from torch.optim import SGD, Optimizer
 from polyak_rl.optim import ASGD, PolyakSGD
 from polyak_rl.target import soft_update
 from scripts.experiment.paths import make_folder
+from scripts.experiment.terminal import command_line
 
 # What the notebook prints: the sum of the differences between the predictions of the last iterate
 # and of the average, and the test RMSE of the average and of the last iterate.
@@ -139,12 +140,6 @@ def optimizers(config: Config) -> dict[str, Callable[[Network], Optimizer]]:
     }
 
 
-def rmse(network: Network, data: Data) -> float:
-    """Return the root mean squared error on the test samples."""
-    with torch.no_grad():
-        return F.mse_loss(network(data.x_test), data.y_test).sqrt().item()
-
-
 def minibatches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield the indices of one epoch's batches; the full batch keeps the order of the data."""
     order = torch.randperm(size, generator=generator) if batch_size < size else torch.arange(size)
@@ -179,8 +174,10 @@ def train(
                 soft_update(uniform, network, 1 / max(1, n - config.first_averaged_step + 1))
         if isinstance(optimizer, ASGD):  # it has kept its uniform average itself
             uniform.load_state_dict(optimizer.averaged_state_dict(network))
-        for name, averaged in networks.items():
-            curves[name].append(rmse(averaged, data))
+        with torch.no_grad():
+            for name, averaged in networks.items():
+                rmse = F.mse_loss(averaged(data.x_test), data.y_test).sqrt()
+                curves[name].append(rmse.item())
     return Run(networks, curves)
 
 
@@ -219,11 +216,6 @@ def classify(
 
 def draw(config: Config, data: Data, runs: dict[str, Run]) -> None:
     """Draw the fit of SGD's three networks, and the test error of every optimizer over epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     # Okabe & Ito's colours; line styles tell the curves apart without colour too.
     styles = {
         "last": {"color": "#999999", "linestyle": "-", "linewidth": 0.8},
@@ -235,7 +227,8 @@ def draw(config: Config, data: Data, runs: dict[str, Run]) -> None:
         "exponential": f"exponential average, decay {config.decay:g}",
         "uniform": f"uniform average (Polyak-Ruppert)\nfrom step {config.first_averaged_step}",
     }
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3)
     fit, legend, panels = axes[0, 0], axes[0, 2], [axes[0, 1], *axes[1].tolist()]
 
     name, run = next(iter(runs.items()))
@@ -264,7 +257,6 @@ def draw(config: Config, data: Data, runs: dict[str, Run]) -> None:
     )
     figure.suptitle(f"Which average is which: a regression on {batches}")
     figure.savefig(config.figure, dpi=130)
-    plt.close(figure)
 
 
 def print_notebook(run: Run, data: Data) -> None:
@@ -282,14 +274,10 @@ def print_notebook(run: Run, data: Data) -> None:
     print("The notebook calls its average Polyak-Ruppert: it is exponential.\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=argv, prog="python -m scripts.regression", description=__doc__)
-    try:
-        make_folder(config.figure.parent)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command_line("regression", Config, __doc__)
+def main(config: Config) -> int:
+    """Train, print the tables, and draw the figure."""
+    make_folder(config.figure.parent)
     torch.set_num_threads(config.threads)
     data, initial = sample(config.seed)
     runs = {name: train(config, data, initial, make) for name, make in optimizers(config).items()}

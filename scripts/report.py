@@ -15,7 +15,6 @@ called exploratory.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import tyro
 from scripts.experiment.replay import replay
 from scripts.experiment.report import write_report
 from scripts.experiment.schemes import PRIMARY
-from scripts.experiment.terminal import unfailing_output
+from scripts.experiment.terminal import command_line
 
 
 @dataclass(frozen=True)
@@ -43,28 +42,11 @@ class Options:
     """score of a good policy there: what 1 is"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    with unfailing_output():
-        prog = "python -m scripts.report"
-        return command(tyro.cli(Options, args=argv, prog=prog, description=__doc__))
-
-
-def command(options: Options) -> int:
-    """Do what a command line asks for; returns the exit code."""
-    try:
-        page = write_report(
-            options.results,
-            options.out,
-            options.primary,
-            options.random_score,
-            options.reference_score,
-            replay,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(page)
+@command_line("report", Options, __doc__)
+def main(options: Options) -> int:
+    """Write the report, and print where its page is."""
+    scores = options.random_score, options.reference_score
+    print(write_report(options.results, options.out, options.primary, *scores, replay))
     return 0
 
 

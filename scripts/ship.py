@@ -11,7 +11,6 @@ In the run's folder are then shipped.pt, which scripts.enjoy plays, and shipped.
 """
 
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agents.environments import EnvironmentFault
 from polyak_rl.choose import Choice, mean_of_worst
 from scripts.experiment.card import hand_over, new_folder
 from scripts.experiment.finished import FinishedRun, read
 from scripts.experiment.locks import Hold
 from scripts.experiment.shipping import Criterion, ship
-from scripts.experiment.terminal import unfailing_output
+from scripts.experiment.terminal import command_line
 
 
 @dataclass(frozen=True)
@@ -50,42 +48,24 @@ class Options:
     """import the module that the run's environment names, as in my_module:My-v0"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    with unfailing_output():
-        prog = "python -m scripts.ship"
-        return command(tyro.cli(Options, args=argv, prog=prog, description=__doc__))
-
-
-def command(options: Options) -> int:
-    """Do what a command line asks for; returns the exit code."""
+@command_line("ship", Options, __doc__)
+def main(options: Options) -> int:
+    """Choose the weights, and show which, among what, and what could not be a candidate."""
     torch.set_num_threads(1)
-    try:
-        run = read(options.run, trust=options.trust)
+    run = read(options.run, trust=options.trust)
+    if options.folder:
+        new_folder(options.folder)
+    with closing(Hold()) as held:
+        held.take(run.path)
+        choice = ship(run, options.episodes, options.criterion, options.again, held.check)
         if options.folder:
-            new_folder(options.folder)
-        with closing(Hold()) as held:
-            held.take(run.path)
-            choice = ship(run, options.episodes, options.criterion, options.again, held.check)
-            if options.folder:
-                hand_over(run, options.folder)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except EnvironmentFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    report(run, choice)
-    print(f"Written: {options.folder or run.path / 'shipped.pt'}")
-    return 0
-
-
-def report(run: FinishedRun, choice: Choice) -> None:
-    """Show what was chosen, among what, and what could not be."""
+            hand_over(run, options.folder)
     Console().print(table(run, choice))
     print(choice)
     for name, why in run.choice["left_out"].items():
         print(f"note: {name} is no candidate: {why}", file=sys.stderr)
+    print(f"Written: {options.folder or run.path / 'shipped.pt'}")
+    return 0
 
 
 def table(run: FinishedRun, choice: Choice) -> Table:

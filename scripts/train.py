@@ -17,32 +17,27 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 import tyro
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tyro.conf import OmitArgPrefixes, subcommand
+from rich.progress import Progress
+from tyro.conf import OmitArgPrefixes
 
 from agents.averaging import default_rules, evaluate_averages, record_policy
 from agents.checkpoint import newest
-from agents.ddpg import DDPGConfig
-from agents.dqn import DQNConfig
 from agents.environments import EnvironmentFault
 from agents.malloc import keep_freed_memory
 from agents.nonfinite import NonFiniteError
 from agents.presets import ALGORITHMS, describe_preset, preset
-from agents.sac import SACConfig
-from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from agents.vector import flattened
 from polyak_rl import PolicyAverages
-from scripts.enjoy import VIDEOS, drawn_env, record
 from scripts.experiment import life, tracking
 from scripts.experiment.finished import read
 from scripts.experiment.life import Run
@@ -50,15 +45,8 @@ from scripts.experiment.locks import Hold
 from scripts.experiment.room import require_room, size
 from scripts.experiment.run_folder import new_run_folder
 from scripts.experiment.shipping import require_enough, ship
-from scripts.experiment.terminal import unfailing_output, whole_numbers
+from scripts.experiment.terminal import stop_signals, unfailing_output, whole_numbers
 from scripts.experiment.trust import require_trusted
-
-DEFAULT_ENV = {
-    "dqn": "CartPole-v1",
-    "ddpg": "Pendulum-v1",
-    "sac": "Pendulum-v1",
-    "td3": "Pendulum-v1",
-}
 
 AgentConfig = TypeVar("AgentConfig")
 
@@ -93,8 +81,6 @@ class Options(Generic[AgentConfig]):
     ship: int | None = None
     """at the end choose the weights to ship on so many episodes, as scripts.ship does; 0: tail25,
     unseen"""
-    video: bool = False
-    """record an episode of the final policy, or of what is shipped"""
     track: Literal["wandb"] | None = None
     """follow the run in Weights & Biases too, where wandb is installed; WANDB_MODE=offline: here"""
 
@@ -131,38 +117,35 @@ def command(argv: Sequence[str]) -> int:
 
 def train_or_explain(run: Run, options: Options[Any]) -> int:
     """Train, and say what went wrong if it did; returns the exit code."""
-    with closed_in_the_end(run):
-        try:
-            return train(run, options)
-        except (NonFiniteError, EnvironmentFault) as error:
-            print(f"error: {error}", file=sys.stderr)
-            print(
-                f"The last good checkpoint is of step {run.checkpoints.step:,}. From there it "
-                "happens again, for a debugger.",
-                file=sys.stderr,
-            )
-        except OSError as error:
-            print(f"error: {error}", file=sys.stderr)
-        print(how_to_go_on(run), file=sys.stderr)
-        return 1
+    try:
+        return train(run, options)
+    except (NonFiniteError, EnvironmentFault) as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(
+            f"The last good checkpoint is of step {run.checkpoints.step:,}. From there it "
+            "happens again, for a debugger.",
+            file=sys.stderr,
+        )
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+    finally:
+        close(run)
+    print(how_to_go_on(run), file=sys.stderr)
+    return 1
 
 
-@contextmanager
-def closed_in_the_end(run: Run) -> Iterator[None]:
+def close(run: Run) -> None:
     """Close a run; an environment that raises even then changes nothing of what was kept."""
     try:
-        yield
-    finally:
-        try:
-            run.close()
-        except EnvironmentFault as error:
-            print(f"warning: {error}", file=sys.stderr)
+        run.close()
+    except EnvironmentFault as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def train(run: Run, options: Options[Any]) -> int:
     """Train to the end or until stopped, and leave what there is; returns the exit code."""
     training, began = run.training, time.perf_counter()
-    with life.stops_when_asked(training) as signals:
+    with stop_signals(lambda: setattr(training, "stopping", True)) as signals:
         train_with_progress(run, options)
         completed = training.step >= training.config.total_steps
         if not completed:
@@ -174,33 +157,16 @@ def train(run: Run, options: Options[Any]) -> int:
     code = 0 if completed else 128 + signals[0]
     for member in range(len(run.folders)):
         print(summary(run, member, seconds))
-        try:
-            hand_over(run, member, options)
-        except (ValueError, OSError, EnvironmentFault) as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = code or 1
+        if completed and options.ship is not None:
+            try:
+                print(ship(read(run.folders[member].path, trust=True), options.ship))
+            except (ValueError, OSError, EnvironmentFault) as error:
+                print(f"error: {error}", file=sys.stderr)
+                code = 1
     print(how_to_see(run))
     if not completed:
         print(how_to_go_on(run))
     return code
-
-
-def hand_over(run: Run, member: int, options: Options[Any]) -> None:
-    """Choose the weights to ship of a seed's run, and record an episode, where that is asked for.
-
-    Raises:
-        ValueError: What the run left, or an environment, is not as it should be.
-    """
-    training = run.training
-    due = options.ship is not None and training.step >= training.config.total_steps
-    if not due and not options.video:
-        return
-    finished = read(run.folders[member].path, trust=True)  # this very run
-    if due:
-        print(ship(finished, options.ship or 0))
-    if options.video:
-        policy, seeds = finished.policy(finished.default), training.eval_seeds[member, :1]
-        record(finished, policy, seeds.tolist(), finished.path / VIDEOS)
 
 
 def folder_to_resume(argv: Sequence[str]) -> tuple[Path | None, bool]:
@@ -223,52 +189,37 @@ def folder_to_resume(argv: Sequence[str]) -> tuple[Path | None, bool]:
 
 def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
     """The algorithm and the options of a command line; the preset fills what it leaves out."""
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--env-id", "--env_id", default=None)
-    env_id = scan.parse_known_args(argv)[0].env_id
-
-    def default(algo: str) -> Options[Any]:
-        agent, total_steps = preset(algo, env_id or DEFAULT_ENV[algo])
-        run = TrainConfig(
-            env_id or DEFAULT_ENV[algo], total_steps, eval_processes=None, device="auto"
-        )
-        return Options(run=run, agent=agent)
-
-    first = next(iter(argv), "--help")
-    if not first.startswith("-") and first not in ALGORITHMS:
+    prog = "python -m scripts.train"
+    if not argv or argv[0].startswith("-"):
+        layout = argparse.RawDescriptionHelpFormatter
+        parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=layout)
+        parser.add_argument("algo", choices=ALGORITHMS, help="its options: ALGO --help")
+        parser.parse_args(argv[:1])  # which exits
+    algo, *words = argv
+    if algo not in ALGORITHMS:
         raise ValueError(
-            f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {first!r}: "
-            "python -m scripts.train --help"
+            f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {algo!r}: {prog} --help"
         )
-    if any(word.partition("=")[0] == "--lr" for word in argv):
+    if any(word.partition("=")[0] == "--lr" for word in words):
         raise ValueError("there is no --lr: the learning rate is --learning-rate")
-    choice = (
-        Annotated[Options[DQNConfig], subcommand("dqn", default=default("dqn"))]
-        | Annotated[Options[DDPGConfig], subcommand("ddpg", default=default("ddpg"))]
-        | Annotated[Options[SACConfig], subcommand("sac", default=default("sac"))]
-        | Annotated[Options[TD3Config], subcommand("td3", default=default("td3"))]
-    )
-    kind: Any = choice
-    begin: Any = tyro.MISSING_NONPROP
-    prog, words = "python -m scripts.train", argv
-    if first in ALGORITHMS:  # by itself: what is said of a wrong option is of this one only
-        begin = default(first)
-        kind = cast(Any, Options)[type(begin.agent)]
-        prog, words = f"{prog} {first}", argv[1:]
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    untold = "CartPole-v1" if algo == "dqn" else "Pendulum-v1"
+    scan.add_argument("--env-id", "--env_id", default=untold)
+    env_id = scan.parse_known_args(words)[0].env_id
+    agent, total_steps = preset(algo, env_id)
+    run = TrainConfig(env_id, total_steps, eval_processes=None, device="auto")
     options: Options[Any] = tyro.cli(
-        OmitArgPrefixes[kind],  # type: ignore[misc]
+        OmitArgPrefixes[cast(Any, Options)[type(agent)]],  # type: ignore[misc]
         args=words,
-        default=begin,
-        prog=prog,
+        default=Options(run=run, agent=agent),
+        prog=f"{prog} {algo}",
         description="Train DQN, DDPG, SAC or TD3 on a Gymnasium environment. "
         "A run that was stopped or killed goes on with: python -m scripts.train --resume RUN "
         "(--trust, if its environment is of a module of yours).",
     )
     if options.threads < 1:
         raise ValueError(f"threads must be at least 1, got {options.threads}")
-    device = resolve_device(options.run.device)
-    run = dataclasses.replace(options.run, device=device)
-    algo = next(name for name, (_, c) in ALGORITHMS.items() if type(options.agent) is c)
+    run = dataclasses.replace(options.run, device=resolve_device(options.run.device))
     return algo, dataclasses.replace(options, run=run)
 
 
@@ -321,8 +272,6 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
         raise ValueError(f"checkpoint_every must be at least 0, got {options.checkpoint_every}")
     if options.segments is not None and (options.segments < 2 or options.segments % 2):
         raise ValueError(f"segments must be even and at least 2, got {options.segments}")
-    if options.video:
-        drawn_env("rgb_array", options.run.env_id, options.run.wrap).close()
     seeds = chosen_seeds(options)
     if options.track:
         tracking.require_wandb()
@@ -449,20 +398,11 @@ def train_with_progress(run: Run, options: Options[Any]) -> None:
     """Run the training under a progress bar with its speed and the latest return."""
     training, every = run.training, options.checkpoint_every
     total = training.config.total_steps
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TextColumn("{task.fields[speed]:,.0f} steps/s"),
-        TextColumn("return {task.fields[latest]:.1f}"),
-        TimeRemainingColumn(),
-    )
     started, first = time.perf_counter(), training.step
     shown = 0.0
-    with Progress(*columns) as progress:
-        bar = progress.add_task(
-            f"{run.algo} {training.config.env_id}", total=total, speed=0.0, latest=float("nan")
-        )
+    with Progress() as progress:
+        what = f"{run.algo} {training.config.env_id}"
+        bar = progress.add_task(what, total=total)
 
         def after_step() -> None:
             nonlocal shown
@@ -472,12 +412,9 @@ def train_with_progress(run: Run, options: Options[Any]) -> None:
             now = time.perf_counter()
             if now - shown > 0.1 or training.step >= total:
                 shown = now
-                progress.update(
-                    bar,
-                    completed=training.step,
-                    speed=(training.step - first) / (now - started),
-                    latest=float(np.mean(training.latest_return)),
-                )
+                speed = (training.step - first) / (now - started)
+                said = f"{what}, {speed:,.0f} steps/s, return {np.mean(training.latest_return):.1f}"
+                progress.update(bar, completed=training.step, description=said)
 
         training.run(after_step)
 
@@ -497,8 +434,7 @@ def summary(run: Run, member: int, seconds: float) -> str:
         )
     if not folder.last:
         return "\n".join([*lines, "It was not evaluated."])
-    first_step, first, _ = folder.last[0]
-    last_step, last, _ = folder.last[-1]
+    (first_step, first), (last_step, last) = folder.last[0], folder.last[-1]
     lines += [
         f"Evaluation, deterministic, the same {len(last)} episodes each time:",
         f"  at step {first_step:,}: mean return {first.mean():.1f}",

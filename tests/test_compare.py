@@ -59,13 +59,9 @@ def test_seeds_are_grouped_and_counted_from_the_first():
     assert [job.seeds for job in plan(options)] == [(11, 12), (13, 14), (15,)]
 
 
-def test_the_target_study_matches_the_mean_ages():
-    jobs = plan(Options(algo="dqn", env_id="CartPole-v1", seeds=1, targets=True))
-    assert [job.variant for job in jobs[:2]] == ["target=hard:32", "target=soft:0.06061"]
-    hard, soft = (job.agent_config() for job in jobs[:2])
-    assert (hard.target, hard.target_update_every, soft.target) == ("hard", 32, "soft")
-    mean_age = (1 - soft.tau) / soft.tau
-    assert mean_age == pytest.approx((hard.target_update_every - 1) / 2)
+def test_a_learning_rate_that_falls_is_a_variant():
+    (job,) = plan(Options(algo="sac", env_id="Pendulum-v1", seeds=1, lr_decay="linear"))
+    assert (job.variant, job.lr_decay) == ("lr=linear", "linear")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +72,6 @@ def test_the_target_study_matches_the_mean_ages():
         (Options(algo="dqn"), "either --tier or both"),
         (Options(algo="ppo", env_id="CartPole-v1"), "algo must be one of"),
         (Options(tier="s", workers=0), "workers must be at least 1, got 0"),
-        (Options(algo="sac", env_id="Pendulum-v1", targets=True), "target-network study is of dqn"),
         (Options(tier="m", reference_score=1.0), "are for --algo and --env-id, not for --tier"),
         (Options(tier="study", wrap=("a:B",)), "are for --algo and --env-id, not for --tier"),
         (Options(algo="sac", env_id="Pendulum-v1", random_score=1), "needs reference-score beside"),

@@ -53,6 +53,14 @@ def test_the_settings_that_a_run_ended_with_count_and_not_what_was_asked_for_mea
     assert plain(read_job(record)) == plain(job)
 
 
+def test_each_run_of_a_job_is_asked_what_it_ended_with_and_not_the_first_alone(tmp_path):
+    job = tiny_jobs()[0]
+    run(job, tmp_path / "runs")
+    together = replace(job, seeds=(job.seeds[0] + 1, *job.seeds))
+    with pytest.raises(ValueError, match="has finished with other settings"):
+        driver.finished(together, tmp_path)
+
+
 def test_a_run_that_has_begun_is_not_begun_anew_with_other_settings(tmp_path):
     job = tiny_jobs()[0]
     other = replace(job, episodes=5)

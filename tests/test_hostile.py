@@ -56,7 +56,7 @@ def about(folder, **changes):
     sign(folder / "checkpoint", number, about=json.loads(text)["about"] | changes)
 
 
-FILES = ["resumed.txt", "config.json", "evaluations.csv", "evaluations.npz", "policy.pt"]
+FILES = ["resumed.txt", "config.json", "evaluations.csv", "policy.pt"]
 FILES += ["timeline.pt", "candidates.pt"]
 
 

@@ -259,8 +259,10 @@ def assert_same_batches(replay, whole):
 def assert_places_are_counted(replay):
     for rows, uses, free in zip(replay.rows, replay.uses, replay.free, strict=True):
         shown = rows[:, replay.columns].long().flatten()
-        assert torch.bincount(shown, minlength=len(uses)).tolist() == uses
-        assert sorted(free) == [place for place, n in enumerate(uses) if n == 0]
+        places = range(replay.frames.shape[1])
+        counted = torch.bincount(shown, minlength=len(places)).tolist()
+        assert counted == [uses[place] for place in places]
+        assert sorted(free) == [place for place in places if not uses[place]]
 
 
 class Film:
@@ -295,7 +297,7 @@ def test_each_frame_is_kept_once_and_as_long_as_a_transition_shows_it():
         (155, 55 - 2 + 6),
     ):
         film.play(replay, steps - replay.added)
-        kept = len(replay.uses[0]) - len(replay.free[0])
+        kept = replay.frames.shape[1] - len(replay.free[0])
         assert kept - (steps < 50) == shown  # rows without a transition show one frame
     assert replay.frames.shape[1] == 50 + 50 // 16 + 8
 

@@ -40,8 +40,8 @@ JOB = Job(
     final_episodes=1,
     capacity=20,
 )
-SAMPLE = 9
-"""The sample has every ninth point."""
+SAMPLE = 7
+"""The sample has every seventh point."""
 POINTS = pytest.mark.parametrize(
     "every", [SAMPLE, pytest.param(1, marks=pytest.mark.full)], ids=["sample", "all"]
 )

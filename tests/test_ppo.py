@@ -58,8 +58,9 @@ def test_a_measured_run_trains_as_learn_does_and_a_point_is_the_model_of_then(tm
     measure = ppo.set_up(JOB, [tmp_path], Hold())
     measure.go(lambda step: None)
     trained = measure.training
-    assert (trained.step, trained.updates) == (608, trained.total_updates)  # 19 rollouts of 32
-    assert trained.updates == 19 * 2 * 2
+    updates = trained.averages.clock
+    assert (trained.step, updates) == (608, trained.total_updates)  # 19 rollouts of 32
+    assert updates == 19 * 2 * 2
     settings = {**vars(JOB.agent_config())}
     envs = make_vec_env("CartPole-v1", settings.pop("n_envs"), seed=3)
     model = PPO("MlpPolicy", envs, seed=3, device="cpu", **settings).learn(600)

@@ -448,14 +448,13 @@ def test_the_end_of_a_longer_run_removes_what_was_shipped_of_an_earlier_one(tmp_
     assert not (folder / "shipped.pt").exists()
 
 
-def test_training_ships_each_seed_at_its_end_and_records_what_is_shipped(tmp_path, capsys):
-    folders = trained(f"{DQN} --seeds 1,2 --together --ship 29 --video", tmp_path)
+def test_training_ships_each_seed_at_its_end(tmp_path, capsys):
+    folders = trained(f"{DQN} --seeds 1,2 --together --ship 29", tmp_path)
     out = capsys.readouterr().out
     choices = [shipped(folder)[1] for folder in folders]
     assert all(str(choice) in out for choice in choices)
     assert choices[0].valuing != choices[1].valuing
     assert len({tuple(shipped(folder)[0]["seeds"]["valuing"]) for folder in folders}) == 2
-    assert all(len([*(folder / "videos").iterdir()]) == 1 for folder in folders)
     for folder, choice in zip(folders, choices, strict=True):  # as afterwards, by its own command
         assert ship.main([str(folder), "--episodes", "29", "--again", "1"]) == 0
         assert shipped(folder)[1] == choice

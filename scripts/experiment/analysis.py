@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.stats import trim_mean  # type: ignore[import-untyped]
 
 from scripts.experiment import stats
 from scripts.experiment.schemes import LAST, PRIMARY
@@ -16,26 +17,18 @@ SIGNIFICANT = 0.05
 MARGIN = 0.2  # standard deviations of the last iterate over runs: less does not matter
 CEILING = 0.5  # share of the pairs at the largest return
 
-Endpoint = Callable[..., Floats]  # (stratum, scheme, *beside) -> [N], NaN where there is none
+Endpoint = Callable[..., Floats]  # Stratum.shipped or such: (stratum, scheme, *beside) -> [N]
 
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """A weighted sum over strata of mean paired differences, one number a run.
+    """A weighted sum over strata of mean paired differences, one number a run."""
 
-    Attributes:
-        samples: The differences, one array [n_e] for each stratum.
-        weights: Of the strata; None: equal ones.
-        margin: What does not matter is smaller.
-        ceiling: Over half of the pairs are at the environment's largest return.
-        by_t: p is that of the t interval, in place of sign flips.
-    """
-
-    samples: tuple[Floats, ...]
-    weights: tuple[float, ...] | None = None
-    margin: float = np.nan
-    ceiling: bool = False
-    by_t: bool = False
+    samples: tuple[Floats, ...]  # the differences, one array [n_e] for each stratum
+    weights: tuple[float, ...] | None = None  # of the strata; None: equal ones
+    margin: float = np.nan  # what does not matter is smaller
+    ceiling: bool = False  # over half of the pairs are at the environment's largest return
+    by_t: bool = False  # p is that of the t interval, in place of sign flips
 
     @property
     def runs(self) -> int:
@@ -66,7 +59,7 @@ class Effect:
     @property
     def iqm(self) -> float:
         """The same sum of interquartile means."""
-        return self._sum(stats.iqm)
+        return self._sum(lambda x: trim_mean(x, 0.25))
 
     def _sum(self, statistic: Callable[[Floats], Floats]) -> float:
         weights = self.weights or [1 / len(self.samples)] * len(self.samples)
@@ -107,16 +100,9 @@ def gain(
     crashed: Sequence[int] = (),
     by_t: bool = False,
 ) -> Effect:
-    """The scheme minus the base, paired by run.
+    """The scheme minus the base, paired by run; each stratum weighs the same without `weights`.
 
-    Args:
-        strata: Where; each weighs the same unless `weights` are given.
-        scheme: The policy that is judged.
-        base: The one that it is judged against.
-        endpoint: `Stratum.shipped` or `Stratum.late`.
-        weights: Of the strata, for a contrast between them.
-        crashed: Runs of each stratum that crashed and are to count as no difference.
-        by_t: See `Effect`.
+    So many `crashed` runs of each stratum count as no difference.
     """
     pairs = [(endpoint(s, scheme, base), endpoint(s, base, scheme)) for s in strata]
     samples = [present(a - b) for a, b in pairs]
@@ -130,12 +116,7 @@ def gain(
 def contrast(
     terms: Sequence[tuple[float, Stratum, str]], *, endpoint: Endpoint = Stratum.shipped
 ) -> Effect:
-    """A weighted sum of scores of several strata, paired by training seed.
-
-    Args:
-        terms: (weight, stratum, scheme) each.
-        endpoint: `Stratum.shipped` or `Stratum.late`.
-    """
+    """A weighted sum of scores, of (weight, stratum, scheme) each, paired by training seed."""
     scores = []
     for _, s, scheme in terms:
         beside = {other for _, one, other in terms if one is s}

@@ -122,23 +122,20 @@ def worth(choice: Choice, record: dict[str, Any]) -> str:
         return "It was not evaluated: the average was taken unseen."
     fresh = choice.valuing[choice.winner]
     mean, spread = statistics.fmean(fresh), statistics.stdev(fresh)
-    of = "" if choice.worst == 1 else f" in the mean of the worst {choice.worst:.0%}"
-    rows = [
-        ("mean return", f"{mean:.1f}, standard deviation {spread:.1f}"),
-        ("mean of the worst tenth", f"{choice.value(worst=0.1):.1f}"),
-        *(
-            (f"difference from {name}{of}, 95 % interval", str(choice.gain(name)))
-            for name in dict.fromkeys((choice.last, choice.prior))
-            if name != choice.winner
-        ),
-    ]
+    by = "mean return" if choice.worst == 1 else f"mean of the worst {choice.worst:.0%}"
+    of = "" if choice.worst == 1 else f" in the {by}"
     lines = [
         f"| {len(fresh)} fresh episodes | |",
         "|---|---|",
-        *(f"| {a} | {b} |" for a, b in rows),
+        f"| mean return | {mean:.1f}, standard deviation {spread:.1f} |",
+        f"| mean of the worst tenth | {choice.value(worst=0.1):.1f} |",
+    ]
+    lines += [
+        f"| difference from {name}{of}, 95 % interval | {choice.gain(name)} |"
+        for name in dict.fromkeys((choice.last, choice.prior))
+        if name != choice.winner
     ]
     others = len(choice.choosing[choice.winner])
-    by = "mean return" if choice.worst == 1 else f"mean of the worst {choice.worst:.0%}"
     chosen = (
         f"It was chosen among {len(choice.choosing)} candidates by its {by} on {others} other "
         f"episodes, {choice.promised():.1f}; choosing flatters. This was call {record['call']} on "

@@ -44,11 +44,7 @@ def connected(
 ) -> Iterator[Callable[[Job, Path], "Task"]]:
     """Connect to Ray, and leave it in the end; a cluster that was begun here ends with it.
 
-    Args:
-        address: Of a running cluster, as `ray.init` takes it; "local" begins one on this machine.
-        workers: Jobs side by side, where the cluster is begun here.
-        num_cpus: Ray's CPUs that each job takes.
-        num_gpus: Its GPUs, 0.25 for four jobs on one.
+    The arguments are those of `jobs.Options`.
 
     Yields:
         What begins a job.

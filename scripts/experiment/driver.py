@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from polyak_rl.files import write_whole
 from scripts.experiment.jobs import Job, plain, read_job, write_job
@@ -29,19 +29,17 @@ def finished(job: Job, out: Path) -> bool:
         ValueError: It was done, or begun, with other settings.
     """
     runs = [out / "runs" / name for name in job.run_names()]
-    ends = [ending(run, job) for run in runs]
+    ends = [ending(run, job) for run in runs]  # of each: what has ended with others is refused
     record = job_file(job, out)
     try:
-        same = plain(read_job(record)) == plain(job)
-        # A run that has ended says of which settings it was; only those of old versions do not.
-        decides = not all(end and "job" in end for end in ends)
+        said = plain(read_job(record))
     except (FileNotFoundError, ValueError):
-        same = decides = False
-    begun = all(ends) or any((run / CHECKPOINT).is_dir() for run in runs)
-    if begun and decides and not same:
-        raise ValueError(f"{record} has other settings than asked for now; give another --out")
-    if all(ends) and not same:
+        said = None
+    if all(ends) and said != plain(job):
         write_job(job, record)
+    begun = any((run / CHECKPOINT).is_dir() for run in runs)
+    if begun and not all(ends) and said not in (None, plain(job)):
+        raise ValueError(f"{record} has other settings than asked for now; give another --out")
     return all(ends)
 
 
@@ -50,44 +48,28 @@ class Process(Protocol):
 
     def poll(self) -> int | None:
         """Its exit code, below 0 if it was killed; None while it is under way."""
-        ...
 
     def terminate(self) -> None:
         """Make it end."""
-        ...
 
     def wait(self) -> object:
         """Wait until it has ended."""
-        ...
 
 
 def execute(
-    jobs: list[Job],
-    out: Path,
-    workers: int,
-    begin: Callable[[Job, Path], Process] | None = None,
+    jobs: list[Job], out: Path, workers: int, begin: Callable[[Job, Path], Process] | None = None
 ) -> list[Job]:
-    """Do the jobs, several at a time; returns those that failed.
+    """Do the jobs, so many workers at a time; returns those that failed.
 
-    Args:
-        jobs: What to do.
-        out: As in `Options`.
-        workers: How many are begun before one has ended.
-        begin: Begins a job whose file is written; None: `start`, a process on this machine.
+    `begin` begins a job whose file is written; by default as a process on this machine.
     """
     waiting, failed = list(jobs), []
     tries = dict.fromkeys(map(id, jobs), 0)
     running: dict[Process, Job] = {}
     bars: dict[Process, Any] = {}  # of those that have come to a step
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
     total = sum(job.steps() * len(job.seeds) for job in jobs)
     done = 0
-    with Progress(*columns) as progress, _terminates(running) as interrupted:
+    with Progress() as progress, _terminates(running) as interrupted:
         everything = progress.add_task(f"{len(jobs)} jobs, steps", total=total)
         while waiting or running:
             while waiting and len(running) < workers and not interrupted:
@@ -118,7 +100,8 @@ def execute(
                     waiting.insert(0, job)  # killed, not wrong: do it again
                 else:
                     failed.append(job)
-                    note_crash(job, out)
+                    with write_whole(job_file(job, out).with_suffix(".crashed")):
+                        pass  # a mark, so that the report says that these runs crashed
                     progress.print(f"failed: {name}, see its stderr.txt")
             progress.update(everything, completed=done + under_way)
     return failed
@@ -164,12 +147,6 @@ def reached(job: Job, out: Path) -> int:
         return int(progress_file(job, out).read_text() or 0)
     except (OSError, ValueError):
         return 0  # not begun, or just being written
-
-
-def note_crash(job: Job, out: Path) -> None:
-    """Leave a mark, so that the report says that these runs crashed."""
-    with write_whole(job_file(job, out).with_suffix(".crashed")):
-        pass
 
 
 @contextmanager

@@ -20,11 +20,7 @@ MOST = 10_000_000
 
 
 def first_episode(folder: Path, again: int | None = None) -> int:
-    """The first episode of the next call.
-
-    Args:
-        folder: Of the run.
-        again: The number of an earlier call, to play its episodes once more.
+    """The first episode of the next call, or of the earlier one that is to be played once more.
 
     Raises:
         ValueError: There was no such call, or what was played is not known.

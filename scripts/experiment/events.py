@@ -32,10 +32,7 @@ class EventFile:
     TensorBoard reads the files of a folder in the order of their names, which begin with a second:
     a file gets one later than all before it, also where the clock was set back. Curves are there to
     be looked at: where they cannot be written, that is said once, and the run goes on without.
-
-    Args:
-        folder: Made if it is not there.
-        resume_at: Hide what earlier files have of steps after this one.
+    What earlier files have of steps after `resume_at` is hidden.
     """
 
     def __init__(self, folder: Path, resume_at: int | None = None) -> None:

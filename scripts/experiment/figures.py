@@ -73,17 +73,12 @@ def panels(
     )
     for unused in grid[(down - 1) * rows :, 1:].ravel() if len(strata) % across else ():
         unused.set_axis_off()
-    cells = [
-        grid[i // across * rows : i // across * rows + rows, i % across] for i in range(len(strata))
-    ]
-    for s, column in zip(strata, cells, strict=True):
-        column[0].set_title(broken(s.name), loc="left")
-    return figure, [list(column) for column in cells]
-
-
-def broken(name: str) -> str:
-    """A stratum's name over two or three lines."""
-    return name.replace(" ", "\n", 2)
+    cells = []
+    for i, s in enumerate(strata):
+        row, column = i // across * rows, i % across
+        cells.append([*grid[row : row + rows, column]])
+        cells[-1][0].set_title(s.name.replace(" ", "\n", 2), loc="left")
+    return figure, cells
 
 
 def thousands(steps: Floats) -> tuple[Floats, str]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.environments import Interface, interface, make_env
-from agents.evaluation import MAX_STEPS, Evaluator
+from agents.evaluation import Evaluator
 from agents.networks import stack_members
 from agents.presets import ALGORITHMS
 from polyak_rl import Timeline, parse_rule
@@ -45,46 +45,17 @@ class AbsentError(ValueError):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run left, as `read` finds it.
+    """What a run left, as `read` finds it."""
 
-    Attributes:
-        path: Its folder.
-        record: Its config.json.
-        network: A policy of one member with some weights, of the run's names and shapes.
-        interface: Of its environment.
-        has_target: The algorithm has a target network of the policy.
-    """
-
-    path: Path
-    record: dict[str, Any]
-    network: nn.Module
+    path: Path  # its folder
+    algo: str
+    seed: int
+    env_id: str
+    wrap: tuple[str, ...]
+    max_steps: int  # after which an evaluation episode is cut
+    network: nn.Module  # a policy of one member with some weights, of the run's names and shapes
     interface: Interface
-    has_target: bool
-
-    @property
-    def env_id(self) -> str:
-        """Gymnasium's name of the environment."""
-        return str(self.record["run"]["env_id"])
-
-    @property
-    def algo(self) -> str:
-        """Name of the algorithm."""
-        return str(self.record["algo"])
-
-    @property
-    def seed(self) -> int:
-        """The training seed."""
-        return int(self.record["seed"])
-
-    @property
-    def wrap(self) -> tuple[str, ...]:
-        """Wrappers around the environment."""
-        return tuple(self.record["run"].get("wrap", ()))
-
-    @property
-    def max_steps(self) -> int:
-        """Steps after which an evaluation episode is cut."""
-        return int(self.record["run"].get("max_episode_steps", MAX_STEPS))
+    has_target: bool  # the algorithm has a target network of the policy
 
     def evaluator(self) -> Evaluator:
         """What plays episodes with its policies."""
@@ -201,9 +172,7 @@ class FinishedRun:
 def read(path: Path, *, trust: bool = False) -> FinishedRun:
     """A run that has ended, or the folder that `scripts.ship` made of one.
 
-    Args:
-        path: Its folder.
-        trust: Import the modules that its environment and its wrappers name.
+    With `trust` the modules that its environment and its wrappers name are imported.
 
     Raises:
         ValueError: The folder does not hold a run that has ended, a file is damaged, or it names a
@@ -217,7 +186,7 @@ def read(path: Path, *, trust: bool = False) -> FinishedRun:
             raise ValueError(f"{path} is not the folder of a finished run: it has no {file.name}")
     try:
         record = json.loads((path / "config.json").read_text())
-        for name in (record["run"]["env_id"], *record["run"].get("wrap", ())):
+        for name in (record["run"]["env_id"], *record["run"]["wrap"]):
             require_trusted(name, path, trust=trust)
         return _described(path, record, sum(x.numel() for x in _load(policy).values()))
     except Exception as error:  # damaged files raise anything
@@ -227,19 +196,17 @@ def read(path: Path, *, trust: bool = False) -> FinishedRun:
 def _described(path: Path, record: dict[str, Any], size: int) -> FinishedRun:
     """The run that a config.json describes, whose policy has no more weights than its file."""
     config_class: Any
-    agent_class, config_class = ALGORITHMS[record["algo"]]
-    values = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in record["agent"].items()
-    }
+    algo, seed, run = str(record["algo"]), int(record["seed"]), record["run"]
+    agent_class, config_class = ALGORITHMS[algo]
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in record["agent"].items()}
     if any(a * b > size for a, b in pairwise(values["hidden"])):
         raise ValueError(f"layers of {values['hidden']} units have more than its {size:,} weights")
-    with closing(make_env(record["run"]["env_id"], record["run"].get("wrap", ()))) as env:
-        spaces = interface(env.observation_space, env.action_space, record["algo"])
-    agent = agent_class(
-        spaces.obs_dim, spaces.action_dim, config_class(**values), [record["seed"]], "cpu", 1
-    )
-    return FinishedRun(path, record, agent.policy, spaces, "actor" in agent.targets)
+    env_id, wrap, max_steps = str(run["env_id"]), tuple(run["wrap"]), int(run["max_episode_steps"])
+    with closing(make_env(env_id, wrap)) as env:
+        face = interface(env.observation_space, env.action_space, algo)
+    agent = agent_class(face.obs_dim, face.action_dim, config_class(**values), [seed], "cpu", 1)
+    about = (path, algo, seed, env_id, wrap, max_steps)
+    return FinishedRun(*about, agent.policy, face, "actor" in agent.targets)
 
 
 def _load(path: Path) -> Any:

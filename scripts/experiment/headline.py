@@ -4,7 +4,6 @@ Each verb is that of the word which the registration allows for an effect and it
 """
 
 from scripts.experiment.analysis import Effect, gain
-from scripts.experiment.literature import POLICIES
 from scripts.experiment.registered import BUDGET, HEADROOM, NULL, Study, Test
 from scripts.experiment.wording import interval, listing, number, p_value, plain, says
 
@@ -16,6 +15,15 @@ VERBS = {  # of what is compared with something
     "not settled": "is not settled against",
     "too few runs": "has too few runs to be told from",
 }
+
+
+PLACE = (
+    "Averaged or past weights have acted as policies before (Nikishin et al. 2018, Schwarzer et al."
+    " 2023, Fujimoto et al. 2023 and Ramé et al. 2024); none of the abstracts listed below names"
+    " paired runs, past policies chosen at equal evaluation cost, and a decaying learning rate"
+    " together."
+)
+"""What was known before, as far as the report's list of works goes."""
 
 
 def headline(study: Study) -> list[str]:
@@ -30,16 +38,6 @@ def headline(study: Study) -> list[str]:
         instead(tests),
         predicted(study),
     ]
-
-
-def place() -> str:
-    """A sentence on what was known before, as far as the report's list of works goes."""
-    known = listing([work.short for work in POLICIES])
-    return (
-        f"Averaged or past weights have acted as policies before ({known}); none of the abstracts"
-        " listed below names paired runs, past policies chosen at equal evaluation cost, and a"
-        " decaying learning rate together."
-    )
 
 
 def averaging(study: Study) -> str:

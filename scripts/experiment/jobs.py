@@ -20,16 +20,12 @@ from scripts.experiment.study import CELLS, FIRST_SEED, PPOConfig
 
 AgentConfig = TypeVar("AgentConfig")
 
-SMALL = {"hidden": (32, 32), "batch_size": 32}
+SMALL = {"hidden": (32, 32), "batch_size": 32, "learning_starts": 500}
+MUJOCO = ("Hopper", "Walker2d", "HalfCheetah", "InvertedDoublePendulum", "Reacher", "Swimmer")
 TIERS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {  # algo, env, seeds, changes
     "s": [
         ("dqn", "CartPole-v1", 2, {"total_steps": 8_000, "agent": {"hidden": (32, 32)}}),
-        (
-            "ddpg",
-            "Pendulum-v1",
-            1,
-            {"total_steps": 3_000, "agent": {**SMALL, "learning_starts": 500}},
-        ),
+        ("ddpg", "Pendulum-v1", 1, {"total_steps": 3_000, "agent": SMALL}),
     ],
     "m": [
         ("dqn", "CartPole-v1", 20, {}),
@@ -44,17 +40,9 @@ TIERS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {  # algo, env, s
     "l": [
         (algo, f"{env}-v5", 20, {"total_steps": 1_000_000})
         for algo in ("sac", "ddpg")
-        for env in (
-            "Hopper",
-            "Walker2d",
-            "HalfCheetah",
-            "InvertedDoublePendulum",
-            "Reacher",
-            "Swimmer",
-        )
+        for env in MUJOCO
     ],
 }
-TARGET_STUDY = (32, 128, 512)  # gradient steps between two hard copies
 SMOKE = {"points": 10, "episodes": 5, "final_episodes": 10}  # tier s
 
 
@@ -171,8 +159,6 @@ class Options(Generic[AgentConfig]):
     """environment steps of each run; None: the preset's"""
     lr_decay: Literal["constant", "linear"] = "constant"
     """the rival explanation: learning rates that fall to 0 over the run"""
-    targets: bool = False
-    """the target-network study (dqn): hard copies every C against soft tau = 2 / (C + 1)"""
     workers: int = 2
     """processes side by side, one thread each; a cluster has as many as it has room for"""
     together: int = 1
@@ -215,27 +201,23 @@ def plan(options: Options[Any]) -> list[Job]:
         return study(options)
     if options.tier is not None:
         grid = TIERS[options.tier]
-    else:
-        assert options.algo is not None
-        assert options.env_id is not None
+    elif options.algo in ALGORITHMS:
         changes = {"agent": changed(options), "wrap": options.wrap}
-        grid = [(options.algo, options.env_id, options.seeds or 20, changes)]
+        grid = [(options.algo, str(options.env_id), 20, changes)]
+    else:
+        raise ValueError(f"algo must be one of {', '.join(ALGORITHMS)}, got {options.algo!r}")
     common: dict[str, Any] = {"device": "cuda" if options.num_gpus else "cpu"}
     if options.tier == "s":
         common |= SMOKE
+    asked: dict[str, Any] = {"total_steps": options.total_steps} if options.total_steps else {}
+    if options.lr_decay == "linear":
+        asked |= {"variant": "lr=linear", "lr_decay": "linear"}
     jobs: list[Job] = []
     for algo, env_id, seeds, changes in grid:
-        if algo not in ALGORITHMS:
-            raise ValueError(f"algo must be one of {', '.join(ALGORITHMS)}, got {algo!r}")
-        base = Job(algo, env_id, (), **{**common, **changes})
-        if options.total_steps:
-            base = dataclasses.replace(base, total_steps=options.total_steps)
-        for variant in variants(base, options):
-            last = options.first_seed + (options.seeds or seeds)
-            every = range(options.first_seed, last)
-            for i in range(0, len(every), options.together):
-                group = tuple(every[i : i + options.together])
-                jobs.append(dataclasses.replace(variant, seeds=group))
+        every = range(options.first_seed, options.first_seed + (options.seeds or seeds))
+        for i in range(0, len(every), options.together):
+            group = tuple(every[i : i + options.together])
+            jobs.append(Job(algo, env_id, group, **{**common, **changes, **asked}))
     return jobs
 
 
@@ -284,7 +266,7 @@ def check(jobs: Sequence[Job]) -> None:
 
 def study(options: Options[Any]) -> list[Job]:
     """The jobs of the registered study, which nothing but the way they are run can change."""
-    fixed = ("seeds", "first_seed", "total_steps", "lr_decay", "targets", "together", "num_gpus")
+    fixed = ("seeds", "first_seed", "total_steps", "lr_decay", "together", "num_gpus")
     if any(getattr(options, name) != getattr(Options[Any](), name) for name in fixed):
         raise ValueError(f"the registered study fixes {', '.join(fixed)}: leave them out")
     return [
@@ -292,24 +274,3 @@ def study(options: Options[Any]) -> list[Job]:
         for cell in CELLS
         for first in range(FIRST_SEED, FIRST_SEED + cell.runs, cell.together)
     ]
-
-
-def variants(base: Job, options: Options[Any]) -> list[Job]:
-    """The plain protocol, or what is asked for in its place."""
-    change = dataclasses.replace
-    if options.lr_decay == "linear":
-        return [change(base, variant="lr=linear", lr_decay="linear")]
-    if not options.targets:
-        return [base]
-    if base.algo != "dqn":
-        raise ValueError(f"the target-network study is of dqn, got {base.algo}")
-    studies = []
-    for c in TARGET_STUDY:
-        tau = 2 / (c + 1)  # the same mean age of the target's weights: (C - 1) / 2
-        hard = {**base.agent, "target": "hard", "target_update_every": c}
-        soft = {**base.agent, "target": "soft", "tau": tau}
-        studies += [
-            change(base, variant=f"target=hard:{c}", agent=hard),
-            change(base, variant=f"target=soft:{tau:.4g}", agent=soft),
-        ]
-    return studies

@@ -8,8 +8,9 @@ is written and shown with its control characters escaped.
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +27,25 @@ from scripts.experiment.finished import CANDIDATES, CHOICE, SHIPPED
 from scripts.experiment.locks import Hold
 from scripts.experiment.paths import beside, refuse_link
 from scripts.experiment.run_folder import AVERAGES, HEADER, RunFolder, rows_until
-from scripts.experiment.terminal import stop_signals
 
 CHECKPOINT = "checkpoint"
 
 
+@dataclass(eq=False)
 class Run:
-    """A training under way, and all that is kept of it.
+    """A training under way, and all that is kept of it."""
 
-    Attributes:
-        about: Plain values that a checkpoint says about the run; the caller's to change.
-        tried_at: Environment step of the last checkpoint, written or not.
-        notes: Why it may not be the same, to the bit, as if it had never stopped.
-    """
+    training: Training
+    averages: PolicyAverages | None
+    folders: list[RunFolder]
+    checkpoints: Checkpoints
+    held: Hold
+    notes: Sequence[str] = ()  # why it may not be the same, to the bit, as if it had never stopped
 
-    def __init__(
-        self,
-        training: Training,
-        averages: PolicyAverages | None,
-        folders: list[RunFolder],
-        checkpoints: Checkpoints,
-        held: Hold,
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.notes = notes
-        self.training, self.averages = training, averages
-        self.folders, self.checkpoints, self.held = folders, checkpoints, held
-        self.about = checkpoints.about
-        self.tried_at = training.step
-        training.logs = tuple(folders)
+    def __post_init__(self) -> None:
+        self.about = self.checkpoints.about  # the caller's to change
+        self.tried_at = self.training.step  # of the last checkpoint, written or not
+        self.training.logs = tuple(self.folders)
 
     @property
     def path(self) -> Path:
@@ -74,14 +65,7 @@ class Run:
         return shlex.quote(str(self.path)) + trust
 
     def save(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Write a checkpoint.
-
-        Args:
-            extra: As in `Checkpoints.save`.
-
-        Raises:
-            OSError: It cannot be written; those that were there still are.
-        """
+        """Write a checkpoint, as `Checkpoints.save` does."""
         self.tried_at = self.training.step
         self.held.check()
         for folder in self.folders:
@@ -146,17 +130,13 @@ def begin(
     averages: PolicyAverages | None,
     held: Hold,
     paths: Sequence[Path],
-    about: Mapping[str, Any],
+    about: dict[str, Any],
     *,
     replay: bool = True,
 ) -> Run:
-    """Begin a run in empty folders, one a seed.
+    """Begin a run in empty folders that are held, in the order of the seeds.
 
     Args:
-        training: It has not begun.
-        averages: What is recorded of it, if anything.
-        held: Has the folders.
-        paths: The folders, in the order of the seeds.
         about: What checkpoints say about the run, as plain values.
         replay: Keep the replay buffer in checkpoints.
     """
@@ -179,13 +159,9 @@ def go_on(
     """Go on with a run from a checkpoint; a seed's folder that is gone is made anew.
 
     Args:
-        training: Built as the checkpoint says; it has not begun.
-        averages: Likewise.
-        held: Has the folders.
-        paths: The folders, in the order of the seeds.
+        training: New, and built as the checkpoint says, as are its averages.
         checkpoint: Read while the folders were held.
         notes: Why the run may not be the same to the bit, as known so far.
-        replay: Keep the replay buffer in checkpoints.
         exact: Return None, with nothing written, where the run may not be the same to the bit.
 
     Raises:
@@ -237,11 +213,7 @@ def is_kept(path: Path, checkpoint: Checkpoint) -> bool:
 
 
 def folders_of(path: Path, checkpoint: Checkpoint) -> list[Path]:
-    """The folders of a run's seeds, which lie side by side.
-
-    Args:
-        path: The first seed's, wherever it was moved.
-        checkpoint: Names the others.
+    """The folders of a run's seeds, beside the first one's, wherever that was moved.
 
     Raises:
         ValueError: One of them is no plain name.
@@ -273,29 +245,16 @@ def member_policy(training: Training, member: int) -> nn.Module:
     return stack_members(training.agent.policy, [select_member(state, member, len(training.seeds))])
 
 
-@contextmanager
-def stops_when_asked(training: Training) -> Iterator[list[int]]:
-    """What `stop_signals` has ends the run after the step under way, a second one at once.
-
-    Yields:
-        The signals that came.
-    """
-    with stop_signals(lambda: setattr(training, "stopping", True)) as came:
-        yield came
-
-
 def _open_folders(
     training: Training, paths: Sequence[Path], resume_at: int | None, tables: Sequence[bytes]
 ) -> list[RunFolder]:
-    about = (training.config, training.agent.config, resume_at)
-    folders: list[RunFolder] = []
-    try:
-        for path, seed, rows in zip(paths, training.seeds, tables, strict=True):
-            folders.append(RunFolder(path, algorithm(training), seed, *about, rows))
-    except BaseException:
-        for folder in folders:
-            folder.close()
-        raise
+    algo, about = algorithm(training), (training.config, training.agent.config, resume_at)
+    with ExitStack() as stack:
+        folders = [
+            stack.enter_context(closing(RunFolder(path, algo, seed, *about, rows)))
+            for path, seed, rows in zip(paths, training.seeds, tables, strict=True)
+        ]
+        stack.pop_all()
     return folders
 
 

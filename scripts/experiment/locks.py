@@ -39,11 +39,7 @@ class Hold:
         self.said = False
 
     def take(self, folder: Path, *, wait: bool = False) -> None:
-        """Take one more folder.
-
-        Args:
-            folder: It exists.
-            wait: Until the process that has it has ended, in place of an error.
+        """Take one more folder; `wait` until a process that has it has ended, or raise.
 
         Raises:
             HeldError: Another process has it.

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,10 +58,9 @@ def run(
 ) -> None:
     """Train a job's seeds and write a folder for each under `out`; do nothing where that is done.
 
+    A try that was cut short goes on, and one that another process makes is waited for.
+
     Args:
-        job: What to train.
-        out: The folder of run folders; a try that was cut short there goes on, and one that another
-            process makes is waited for.
         report: Called with the environment step after every thousandth of the run.
         set_up: Readies a job whose folders are held.
         processes: That play evaluation episodes, as in `TrainConfig`.
@@ -160,7 +160,7 @@ def write_ending(folder: RunFolder, measure: "Measurement") -> None:
     end = {
         "seconds": round(about["seconds"] / seeds, 1),
         "evaluating": round(about["evaluating"] / seeds, 1),  # of these seconds
-        "updates": measure.training.updates,
+        "updates": measure.averages.clock,
         "commit": commit(),
         "job": plain(measure.job),
         "rows": count,
@@ -179,10 +179,10 @@ def ending(folder: Path, job: Job) -> dict[str, Any] | None:
     try:
         end: dict[str, Any] = json.loads((folder / END).read_bytes())
         found = count_rows(folder)
-        if found != (end.get("rows", found[0]), end.get("sha256", found[1])):  # older ones lack it
+        if found != (end["rows"], end["sha256"]):
             return None
-        done = from_plain(end["job"]) if "job" in end else job
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        done = from_plain(end["job"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if plain(done) != plain(job):
         raise ValueError(f"{folder} has finished with other settings than asked for now")
@@ -198,35 +198,20 @@ def count_rows(folder: Path) -> tuple[int, str]:
 class Trains(Protocol):
     """What is measured: an `agents.training.Training`, or another program's in this form."""
 
-    @property
-    def evaluator(self) -> Evaluator:
-        """Plays the episodes."""
-        ...
-
-    @property
-    def step(self) -> int:
-        """Environment steps taken."""
-        ...
-
-    @property
-    def updates(self) -> int:
-        """Gradient steps taken."""
-        ...
+    evaluator: Evaluator
+    step: int  # environment steps taken
 
     @property
     def total_updates(self) -> int:
         """Gradient steps of the whole run."""
-        ...
 
     def advance(self) -> None:
         """Go on by what cannot be divided."""
-        ...
 
     def play(
         self, states: Mapping[str, Mapping[str, Tensor]], episodes: NDArray[Any]
     ) -> Mapping[str, Evaluation]:
         """As `Training.play` does."""
-        ...
 
 
 class Kept(Protocol):
@@ -237,40 +222,27 @@ class Kept(Protocol):
 
     def try_to_save(self, extra: Mapping[str, Any]) -> None:
         """Make sure of what was reached."""
-        ...
 
     def close(self) -> None:
         """Close environments and files."""
-        ...
 
 
+@dataclass(eq=False)
 class Measurement:
-    """Trains, and evaluates the schemes of a run at its points.
+    """Trains, and evaluates the schemes of a run at its points."""
 
-    Args:
-        job: What is trained.
-        training: Trains it.
-        averages: What is recorded of its policy, with `in_bank` and a timeline.
-        run: Where it is kept.
-        target: The target network of the policy, where there is one.
+    job: Job
+    training: Trains
+    averages: PolicyAverages  # of the training's policy: those `in_bank`, and a timeline
+    run: Kept
+    target: TargetNetwork | None = None  # of the policy, where there is one
 
-    Attributes:
-        checkpoints: The weights of past iterates that wait for the end, by scheme.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        training: Trains,
-        averages: PolicyAverages,
-        run: Kept,
-        target: TargetNetwork | None = None,
-    ) -> None:
-        self.job, self.training, self.averages = job, training, averages
-        self.run, self.target = run, target
-        assert averages.timeline is not None
-        self.timeline = averages.timeline
-        self.rules = rules(training.total_updates)
+    def __post_init__(self) -> None:
+        job = self.job
+        assert self.averages.timeline is not None
+        self.timeline = self.averages.timeline
+        self.rules = rules(self.training.total_updates)
+        # The weights of past iterates that wait for the end, by scheme.
         self.checkpoints: dict[str, dict[str, Tensor]] = {}
         self.common, self.other = (  # [S, E] each
             np.stack(

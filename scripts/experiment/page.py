@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from scripts.experiment.paths import make_folder
+from scripts.experiment.wording import table
 
 CSS = """
 :root { color-scheme: light; }
@@ -42,11 +43,8 @@ code { font-size: .9em; }
 class Page:
     """A text that grows from top to bottom.
 
-    It is Markdown without HTML: what comes from elsewhere goes through `wording.plain`.
-
-    Args:
-        title: Of the page.
-        out: Folder for report.md, report.html and figures/.
+    It is Markdown without HTML: what comes from elsewhere goes through `wording.plain`. In `out`
+    are report.md, report.html and figures/ in the end.
     """
 
     def __init__(self, title: str, out: Path) -> None:
@@ -75,8 +73,7 @@ class Page:
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table, which scrolls by itself on a narrow screen; nothing without rows."""
         if rows:
-            lines = [header, ["---"] * len(header), *rows]
-            self.parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            self.parts.append(table(header, rows))
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
         """Save the figure as PNG and SVG, and show it over its caption."""

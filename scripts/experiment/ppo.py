@@ -62,16 +62,9 @@ class Greedy(nn.Module):
 
 
 class PPORun:
-    """A training by Stable-Baselines3 with what `Measurement` asks of one, and its folder.
+    """A training by Stable-Baselines3 with what `Measurement` asks of one, and its empty folder.
 
-    Args:
-        job: Of one seed, on an environment with discrete actions.
-        path: The folder, which is empty.
-
-    Attributes:
-        averages: Of the policy, actor and critic together, after each of its gradient steps.
-        about: See `life.Run`.
-        folders: The one.
+    `averages` are of the policy, actor and critic together, after each of its gradient steps.
     """
 
     def __init__(self, job: Job, path: Path) -> None:
@@ -79,7 +72,7 @@ class PPORun:
         settings = {name: value for name, value in vars(c).items() if name != "n_envs"}
         self.envs = make_vec_env(job.env_id, c.n_envs, seed=seed)
         self.model = PPO("MlpPolicy", self.envs, seed=seed, device=job.device, **settings)
-        self.rollout = c.n_envs * c.n_steps
+        self.step, self.rollout = 0, c.n_envs * c.n_steps  # environment steps
         rollouts = -(-job.steps() // self.rollout)
         self.total_updates = rollouts * c.n_epochs * -(-self.rollout // c.batch_size)
         self.averaging = PolyakAveragingCallback(in_bank(self.total_updates), capacity=job.capacity)
@@ -93,19 +86,10 @@ class PPORun:
         self.about = beginning(job)
         self.folders = [RunFolder(path, job.algo, seed, config, c)]
 
-    @property
-    def step(self) -> int:
-        """Environment steps taken."""
-        return self.model.num_timesteps
-
-    @property
-    def updates(self) -> int:
-        """Gradient steps taken."""
-        return self.averages.clock
-
     def advance(self) -> None:
         """Go on by a rollout and its update, which is as if `learn` had not stopped in between."""
         self.model.learn(self.rollout, self.averaging, reset_num_timesteps=False)
+        self.step = self.model.num_timesteps
 
     def play(
         self, states: Mapping[str, Mapping[str, Tensor]], episodes: NDArray[Any]

@@ -44,23 +44,14 @@ Replay = Callable[[Mapping[str, Floats], Rule, int], Floats]  # see `replay.repl
 
 @dataclass(frozen=True)
 class Test:
-    """One test of the secondary family.
+    """One test of the secondary family."""
 
-    Attributes:
-        number: In the registration.
-        about: What is compared with what.
-        effect: None where a cell of it was not run, or where it was not computed.
-        words: For more than nothing, and for less.
-        computed: Whether the program can; all but choosing without `polyak_rl.choose`.
-        p: Holm's; NaN where it is none of those that can reject.
-    """
-
-    number: int
-    about: str
-    effect: Effect | None
-    words: tuple[str, str] = ("better", "worse")
-    computed: bool = True
-    p: float = math.nan
+    number: int  # in the registration
+    about: str  # what is compared with what
+    effect: Effect | None  # None where a cell of it was not run, or where it was not computed
+    words: tuple[str, str] = ("better", "worse")  # for more than nothing, and for less
+    computed: bool = True  # the program can; all but choosing without `polyak_rl.choose`
+    p: float = math.nan  # Holm's; NaN where it is none of those that can reject
 
     @property
     def in_family(self) -> bool:
@@ -70,19 +61,12 @@ class Test:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was said beforehand of a difference, and how it came out.
+    """What was said beforehand of a difference, and how it came out."""
 
-    Attributes:
-        about: Of which difference, where.
-        low: The least that was predicted.
-        high: The most.
-        effect: None where the cell was not run.
-    """
-
-    about: str
+    about: str  # of which difference, where
     low: float
     high: float
-    effect: Effect | None
+    effect: Effect | None  # None where the cell was not run
 
     @property
     def outcome(self) -> str:
@@ -104,17 +88,11 @@ class Prediction:
 class Study:
     """The registered cells that have ended, and what is said of them.
 
-    Args:
-        strata: The registered runs, by setting.
-        planned: The runs that were planned, as far as they are known.
-        replay: For the tests that choose; without it they are named as not computed.
+    Tests that choose need `replay`: without it they are named as not computed.
     """
 
     def __init__(
-        self,
-        strata: Mapping[Key, Stratum],
-        planned: Sequence[Run],
-        replay: Replay | None = None,
+        self, strata: Mapping[Key, Stratum], planned: Sequence[Run], replay: Replay | None = None
     ) -> None:
         self.replay = replay
         self._chosen: dict[tuple[Rule, int], list[Floats]] = {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from scripts.experiment.analysis import Effect, gain, present
 from scripts.experiment.figures import DOSE, FOREST, dose_rows, draw_dose, draw_forest
-from scripts.experiment.headline import headline, place
+from scripts.experiment.headline import PLACE, headline
 from scripts.experiment.page import Page
 from scripts.experiment.registered import BUDGET, CHOOSE, Rule, Study, commit_of, provenance
 from scripts.experiment.schemes import PRIMARY
@@ -27,12 +27,7 @@ from scripts.experiment.wording import (
 
 
 class RegisteredReport:
-    """Writes to a page what was registered, in the order of the registration.
-
-    Args:
-        page: Where to.
-        study: The cells that have ended, and what is said of them.
-    """
+    """Writes to a page what was registered, in the order of the registration."""
 
     def __init__(self, page: Page, study: Study) -> None:
         self.page, self.study = page, study
@@ -43,7 +38,7 @@ class RegisteredReport:
         primary = study.primary()
         page.finding(" ".join(headline(study)))
         if primary:
-            page.text(place())
+            page.text(PLACE)
         page.text(
             f"Registered in `scripts/results/registration.md`, {provenance()}. The runs are of"
             f" commit {plain(about.get('commit', 'unknown'))}. What stands under “Registered” was"

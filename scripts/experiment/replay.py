@@ -20,12 +20,10 @@ Deal = Mapping[str, Floats]  # candidate -> returns in the order in which they a
 
 
 def replay(episodes: Mapping[str, Floats], rule: Rule, budget: int) -> Floats:
-    """What a rule of choice is worth over always shipping tail25.
+    """What a rule of choice is worth over always shipping tail25, on so many episodes in all.
 
     Args:
         episodes: Returns by scheme, [N, E]; the same episodes for all schemes of a run.
-        rule: The best of ten windows, `choose` among all, or the best of last and checkpoints.
-        budget: Episodes to choose with, in all.
 
     Returns:
         Score of what the rule ships minus that of tail25, on the same episodes, which no candidate

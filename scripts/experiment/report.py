@@ -4,6 +4,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,7 @@ def write_report(
     reference_score: float | None = None,
     replay: Replay | None = None,
 ) -> Path:
-    """Read the results, write the report, and return its page.
-
-    Args:
-        results: CSV files, or folders of them.
-        out: Folder of the report; None: that of the first results.
-        primary: The scheme that is compared with last outside the registered study.
-        random_score: What 0 is in the results' one environment.
-        reference_score: What 1 is there.
-        replay: For the registered tests that choose.
+    """Read the results, write the report, and return its page; arguments as in `scripts.report`.
 
     Raises:
         ValueError: The results cannot be reported.
@@ -123,28 +116,23 @@ def recorded(scores: Any) -> dict[str, Scale]:
     return scales
 
 
+@dataclass(eq=False)
 class Report:
     """Writes the sections of a report to a page.
 
-    Args:
-        page: Where to.
-        strata: All that was read.
-        planned: The runs that were planned, as far as they are known.
-        primary: The scheme that is compared with last outside the registered study.
-        replay: For the registered tests that choose.
+    `primary` is compared with last outside the registered study; `planned` are the runs that were,
+    as far as they are known.
     """
 
-    def __init__(
-        self,
-        page: Page,
-        strata: Sequence[Stratum],
-        planned: Sequence[Run],
-        primary: str,
-        replay: Replay | None,
-    ) -> None:
-        self.page, self.read, self.planned, self.primary = page, strata, planned, primary
-        registered, self.others = divide(strata)
-        self.study = Study(registered, planned, replay)
+    page: Page
+    read: Sequence[Stratum]
+    planned: Sequence[Run]
+    primary: str
+    replay: Replay | None
+
+    def __post_init__(self) -> None:
+        registered, self.others = divide(self.read)
+        self.study = Study(registered, self.planned, self.replay)
         ended = self.study.cells.values()
         self.strata = [*ended, *self.others]  # of a cell that has not ended nothing is shown
 
@@ -258,11 +246,7 @@ class Report:
             base = plains.get((s.env, s.algo))
             if not s.variant or base is None:
                 continue
-            for name, of_strata in (
-                (base.name, (1, 0)),
-                (s.name, (0, 1)),
-                ("difference", (-1, 1)),
-            ):
+            for name, of_strata in ((base.name, (1, 0)), (s.name, (0, 1)), ("difference", (-1, 1))):
                 row = []
                 for of_schemes in ((1, 0), (0, 1), (-1, 1)):
                     effect = contrast([
@@ -409,9 +393,7 @@ class Report:
         """What others have found."""
         self.heading("What others have found")
         self.page.text("What a work leaves open is said as far as its abstract or its code shows.")
-        for about, works in LITERATURE.items():
-            self.page.text(f"{about}:")
-            self.page.bullets([plain(work) for work in works])
+        self.page.text(LITERATURE)
 
     def heading(self, text: str) -> None:
         """A section, or a part of the exploratory one."""

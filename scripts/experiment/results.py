@@ -25,10 +25,8 @@ def collect(out: Path, scores: Mapping[str, Sequence[float]] | None = None) -> N
 
     Nobody else writes to `out`, but for workers to the folders of their runs.
 
-    Args:
-        out: As in `Options`.
-        scores: What 0 and 1 of normalised scores are, [random, reference] by environment; those
-            that an earlier call was given stay beside them.
+    `scores` are what 0 and 1 of normalised scores are, [random, reference] by environment; those
+    that an earlier call was given stay beside them.
 
     Raises:
         OSError: They cannot be written; those that were there still are.
@@ -72,12 +70,8 @@ def add(new: Path, kept: Path) -> None:
     third to a half, whose place it takes. What ended in a crash is kept in runs.json, until it has
     been done again; runs that are there already stay as they are.
 
-    Args:
-        new: A folder of results, as `collect` writes it.
-        kept: Another one.
-
     Raises:
-        ValueError: One of them holds something else.
+        ValueError: One of the folders holds something else than what `collect` writes.
         OSError: They cannot be written; what was there still is.
     """
     folders = (kept, new)
@@ -134,23 +128,10 @@ def describe(job: Job, name: str, seed: int, out: Path) -> dict[str, Any]:
     except ValueError:
         end, status = None, "of other settings"
     crashed = (out / "jobs" / f"{job.run_names()[0]}.crashed").exists()
-    status = status or ("crashed" if crashed else "not run")
-    end = end or {}
+    key = {"run": name, "env": job.env_id, "algo": job.algo, "seed": seed, "variant": job.variant}
+    known: dict[str, Any] = {"seconds": None, "evaluating": None, "commit": ""}
+    known |= {name: end[name] for name in known if end and name in end}
     config = {"total_steps": job.steps(), **dataclasses.asdict(job.agent_config())}
-    return {
-        "run": name,
-        "env": job.env_id,
-        "algo": job.algo,
-        "seed": seed,
-        "variant": job.variant,
-        "status": status,
-        "seconds": end.get("seconds"),
-        "evaluating": end.get("evaluating"),
-        "commit": end.get("commit", ""),
-        "config": {
-            **config,
-            "lr_decay": job.lr_decay,
-            "lr_decay_until": job.lr_decay_until,
-            "lr_floor": job.lr_floor,
-        },
-    }
+    config |= {name: getattr(job, name) for name in ("lr_decay", "lr_decay_until", "lr_floor")}
+    status = status or ("crashed" if crashed else "not run")
+    return {**key, "status": status, **known, "config": config}

@@ -22,26 +22,15 @@ TAGS = 16  # numbers at a reading
 
 
 class Size(NamedTuple):
-    """Bytes on disk of a run.
+    """Bytes on disk of a run."""
 
-    Attributes:
-        replay: Of the replay buffer, in checkpoints.
-        state: Of all else in the two checkpoints that are kept.
-        end: What a run leaves besides.
-    """
-
-    replay: int
-    state: int
-    end: int
+    replay: int  # of the replay buffer, in checkpoints
+    state: int  # of all else in the two checkpoints that are kept
+    end: int  # of what a run leaves besides
 
 
 def size(training: Training, averages: PolicyAverages | None) -> Size:
-    """How much a run will have written at its end.
-
-    Args:
-        training: It has not begun.
-        averages: What is recorded of it, if anything.
-    """
+    """How much a run that has not begun will have written at its end."""
     config, seeds = training.config, len(training.seeds)
     timeline = averages.timeline if averages else None
     segments = timeline.nbytes if timeline else 0
@@ -73,12 +62,9 @@ def bytes_of(values: Any) -> int:
 
 
 def size_of_jobs(jobs: Sequence[Job], workers: int, out: Path) -> int:
-    """How much jobs will write that is not there; what they leave at their end is next to nothing.
+    """How much unfinished jobs, so many workers at a time, will write that is not in `out` yet.
 
-    Args:
-        jobs: Those that have not finished.
-        workers: How many run side by side.
-        out: Where their runs' folders are, of those that were begun.
+    What they leave at their end is next to nothing.
     """
     sizes: dict[str, int] = {}
     each = []

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -29,22 +28,16 @@ from scripts.experiment.paths import folder_name
 from scripts.experiment.schemes import SCHEMES
 
 SHOWN = [SCHEMES[name] for name in ("tail50", "ema1")]  # what every run is evaluated with
-LAYOUT = {
-    "evaluation": {
-        f"last iterate, {scheme.label}": ["Multiline", [f"eval/(last|{scheme.name})$"]]
-        for scheme in SHOWN
-    }
-    | {"every scheme": ["Multiline", ["eval/.*"]]},
+CHARTS = {
+    "evaluation": {f"last iterate, {s.label}": f"eval/(last|{s.name})$" for s in SHOWN}
+    | {"every scheme": "eval/.*"},
     "weights": {
-        f"distance to the last iterate, {scheme.label}": [
-            "Multiline",
-            [f"averaging/distance_to_last/{scheme.name}$"],
-        ]
-        for scheme in SHOWN
+        f"distance to the last iterate, {s.label}": f"averaging/distance_to_last/{s.name}$"
+        for s in SHOWN
     }
-    | {"lag of target networks": ["Multiline", ["target/.*"]]},
+    | {"lag of target networks": "target/.*"},
 }
-"""The charts under TensorBoard's custom scalars.
+"""The charts under TensorBoard's custom scalars, and their tags.
 
 TensorBoard has one colour for a folder's curves, and tells them apart by marks that it gives out
 anew for each folder. So the averages' evaluations have a folder of their own, and where it can be,
@@ -55,8 +48,7 @@ AVERAGES = "averages"
 TABLE = "evaluations.csv"
 COLUMNS = ("algo", "env_id", "learning_rate", "seed", "total_steps")
 """The hyper-parameters that TensorBoard's table shows without being asked."""
-CSV_COLUMNS = ("step", "scheme", "episode", "return", "length")
-HEADER = ",".join(CSV_COLUMNS).encode() + b"\r\n"
+HEADER = b"step,scheme,episode,return,length\r\n"
 _NUMBER = rb"(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf|nan)"
 _ROW = re.compile(rb"(\d{1,18}),[\w.]+,\d+," + _NUMBER + rb",\d{1,18}\r\n")
 
@@ -81,12 +73,9 @@ def new_run_folder(root: Path, env_id: str, algo: str, seed: int) -> Path:
 
 
 def rows_until(folder: Path, mark: Sequence[Any], step: int) -> tuple[bytes, str]:
-    """The table that a checkpoint knew, and what is wrong with it, or nothing.
+    """The table that a checkpoint of this step and mark knew, and what is wrong with it, or "".
 
-    Args:
-        folder: Of the run.
-        mark: What `RunFolder.mark` was at the checkpoint.
-        step: Of the checkpoint; a table that is damaged gives its whole rows up to there.
+    One that is damaged gives its whole rows up to there.
     """
     size, sha256 = mark
     try:
@@ -105,18 +94,10 @@ class RunFolder:
     """Writes what `agents.training.Log` is told, and the rest of a run's record.
 
     `evaluations.csv` has a row per scheme and episode; it is flushed after each evaluation, so a
-    run that is cut short leaves what it had. `evaluations.npz` has the last iterate's evaluations
-    in the form of Stable-Baselines3's EvalCallback.
+    run that is cut short leaves what it had.
 
-    Args:
-        path: An existing folder.
-        algo: Name of the algorithm.
-        seed: The training seed.
-        config: The run's configuration.
-        agent_config: The algorithm's.
-        resume_at: Environment step from which the run goes on; what was written of later steps is
-            taken back. None begins a run.
-        rows: The table up to there.
+    A run goes on from the step `resume_at` with the rows of the table up to there: what was written
+    of later steps is taken back.
     """
 
     def __init__(
@@ -132,7 +113,7 @@ class RunFolder:
         self.path = path
         self.averages: EventFile | None = None  # opened by the first evaluation of an average
         self.averaged: dict[str, None] = {}  # the averages that have a curve, in their order
-        self.last: list[tuple[int, NDArray[np.float64], NDArray[np.int64]]] = []
+        self.last = _evaluations_of_last(rows)
         record: dict[str, Any] = {
             "algo": algo,
             "seed": seed,
@@ -147,14 +128,17 @@ class RunFolder:
         with write_whole(path / TABLE) as file:
             file.write(rows)
         self.size, self._digest = len(rows), hashlib.sha256(rows)
-        self._read_last(rows)
         self.table = (path / TABLE).open("ab")
         self.events = EventFile(path, resume_at)
         if resume_at is None:
             lines = "\n".join(f"| {key} | {value} |" for key, value in self.hyperparameters.items())
             table = f"| name | value |\n|---|---|\n{lines}"
             self.events.add(summary.text("hyperparameters", table))
-            self.events.add(summary.custom_scalars(LAYOUT))
+            layout = {
+                about: {title: ["Multiline", [tags]] for title, tags in charts.items()}
+                for about, charts in CHARTS.items()
+            }
+            self.events.add(summary.custom_scalars(layout))
         elif (path / AVERAGES).is_dir():
             self.averages = EventFile(path / AVERAGES, resume_at)
 
@@ -179,19 +163,17 @@ class RunFolder:
         """Write one scheme's evaluation episodes [E]; to TensorBoard only as part of a curve."""
         if curve:
             self._events_of(scheme).scalar(f"eval/{scheme}", returns.mean(), step)
-        lines = io.StringIO()
-        csv.writer(lines).writerows(
-            (step, scheme, episode, float(total), int(length))
+        data = b"".join(
+            f"{step},{scheme},{episode},{float(total)},{length}\r\n".encode()
             for episode, (total, length) in enumerate(zip(returns, lengths, strict=True))
         )
-        data = lines.getvalue().encode()
         self.table.write(data)
         self.table.flush()
+        (self.path / TABLE).stat()  # a run whose folder is gone does not go on
         self.size += len(data)
         self._digest.update(data)
         if scheme == "last":
-            self.last.append((step, returns, lengths))
-            self._write_archive()
+            self.last.append((step, returns))
 
     def sync(self) -> None:
         """Bring what was written to the disk."""
@@ -250,30 +232,14 @@ class RunFolder:
             description.experiment.metric_infos.add(name=name, display_name=tag)
         plugin_data.content = description.SerializeToString()
 
-    def _read_last(self, rows: bytes) -> None:
-        """Take up the last iterate's evaluations from the table."""
-        last = dict[int, list[list[str]]]()
-        for step, scheme, *row in csv.reader(rows.decode().splitlines()[1:]):
-            if scheme == "last":
-                last.setdefault(int(step), []).append(row)
-        self.last = [
-            (at, np.array([float(row[1]) for row in each]), np.array([int(row[2]) for row in each]))
-            for at, each in last.items()
-        ]
-        if self.last:
-            self._write_archive()
-        else:
-            (self.path / "evaluations.npz").unlink(missing_ok=True)
 
-    def _write_archive(self) -> None:
-        fewest = min(len(row) for _, row, _ in self.last)  # the file holds a rectangle
-        with write_whole(self.path / "evaluations.npz") as file:
-            np.savez(
-                file,
-                timesteps=np.array([step for step, _, _ in self.last]),
-                results=np.stack([row[:fewest] for _, row, _ in self.last]),
-                ep_lengths=np.stack([row[:fewest] for _, _, row in self.last]),
-            )
+def _evaluations_of_last(rows: bytes) -> list[tuple[int, NDArray[np.float64]]]:
+    """The steps and returns of the last iterate's evaluations in a table."""
+    returns = dict[int, list[float]]()
+    for step, scheme, _, total, _ in csv.reader(rows.decode().splitlines()[1:]):
+        if scheme == "last":
+            returns.setdefault(int(step), []).append(float(total))
+    return [(step, np.array(each)) for step, each in returns.items()]
 
 
 def _is_json(path: Path) -> bool:

@@ -14,25 +14,15 @@ When = Literal["always", "late", "end", "never"]
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to take the policy's weights from a run.
+    """One way to take the policy's weights from a run."""
 
-    Attributes:
-        name: As rows, figures and TensorBoard have it.
-        label: In words.
-        when: It is evaluated at every point, from `LATE` on, at the end of the run; or no more.
-        rule: The average, for a run of so many updates; None: it is no average of the run.
-        until: The share of the run at which a policy of its past ends, in per cent.
-        candidate: Whether one may ship it; the others say what shipping is worth.
-        place: Its axis in the figure of the averages, and where it stands there, in per cent of the
-            run.
-    """
-
-    name: str
+    name: str  # as rows, figures and TensorBoard have it
     label: str
-    when: When
-    rule: Callable[[int], Rule] | None = None
-    until: int | None = None
-    candidate: bool = True
+    when: When  # it is evaluated at every point, from `LATE` on, at the end of the run; or no more
+    rule: Callable[[int], Rule] | None = None  # of so many updates; None: it is no average of them
+    until: int | None = None  # per cent of the run at which a policy of its past ends
+    candidate: bool = True  # whether one may ship it; the others say what shipping is worth
+    # Its axis in the figure of the averages, and where it stands there, in per cent of the run.
     place: tuple[Literal["tail", "ema"], float] | None = None
 
     @property
@@ -87,11 +77,7 @@ SCHEMES = table(
     PRIMARY,
     tail(50, "always"),
     Scheme(
-        "all",
-        "uniform over all of training",
-        "end",
-        lambda updates: Uniform(),
-        place=("tail", 100),
+        "all", "uniform over all of training", "end", lambda updates: Uniform(), place=("tail", 100)
     ),
     ema(1, "late"),
     TARGET,

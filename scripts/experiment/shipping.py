@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from agents.evaluation import Evaluator
 from agents.networks import stack_members
@@ -43,10 +43,7 @@ def ship(
     the folder, or no other process writes to it.
 
     Args:
-        run: Whose weights.
-        episodes: The budget to choose with, over all candidates; 0 ships the prior.
-        criterion: The mean return, or that of the worst quarter of the episodes.
-        again: The number of an earlier call, to play its episodes once more.
+        run, episodes, criterion, again: As in `scripts.ship`.
         before_writing: What it raises, ends this with the folder as it was.
 
     Raises:
@@ -56,13 +53,7 @@ def ship(
     weights, left_out = candidates(run)
     prior = "tail25" if "tail25" in weights else "last"
     first = first_episode(run.path, again)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with closing(run.evaluator()) as evaluator, Progress(*columns) as progress:
+    with closing(run.evaluator()) as evaluator, Progress() as progress:
         choice = choose(
             weights,
             lambda group, numbers: play(run, evaluator, group, numbers, progress),

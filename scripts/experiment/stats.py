@@ -56,24 +56,6 @@ def _weighed(strata: Sequence[ArrayLike], weights: Sequence[float] | None) -> Se
     return weights
 
 
-def iqm(x: ArrayLike) -> Floats:
-    """The interquartile mean: cut floor(N/4) runs from each end and average the others.
-
-    Args:
-        x: scores or differences, [..., N] with N >= 1.
-
-    Returns:
-        The mean of the middle half, [...].
-
-    Example:
-        >>> float(iqm([-100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0]))
-        3.5
-    """
-    x = np.sort(_runs(x, 1), axis=-1)
-    cut = x.shape[-1] // 4
-    return np.asarray(x[..., cut : x.shape[-1] - cut].mean(axis=-1))
-
-
 def _welch(
     strata: Sequence[ArrayLike], weights: Sequence[float] | None
 ) -> tuple[Floats, Floats, Floats]:
@@ -132,10 +114,7 @@ def t_p(*strata: ArrayLike, weights: Sequence[float] | None = None) -> float:
 
 
 def sign_flip_p(
-    *strata: ArrayLike,
-    weights: Sequence[float] | None = None,
-    flips: int = 100_000,
-    seed: int = 0,
+    *strata: ArrayLike, weights: Sequence[float] | None = None, flips: int = 100_000, seed: int = 0
 ) -> float:
     """The two-sided p-value of "no difference": flip the signs of whole runs, each on its own.
 
@@ -253,21 +232,3 @@ def simultaneous_band(curves: ArrayLike, draws: int = 2_000, seed: int = 0) -> I
         largest.append(t.max(axis=-1))
     half = np.quantile(np.concatenate(largest), LEVEL) * error
     return Interval(centre, centre - half, centre + half)
-
-
-def cvar(x: ArrayLike, alpha: float = 0.1) -> Floats:
-    """The mean of the worst share alpha (conditional value at risk), [..., N] -> [...].
-
-    Where alpha N is not whole, the last one counts in part; alpha = 1 is the mean, and an alpha
-    under 1/N the minimum.
-
-    Example:
-        >>> float(cvar([5.0, 1.0, 2.0, 9.0], alpha=0.5))
-        1.5
-    """
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha must be in (0, 1], got {alpha}")
-    x = np.sort(_runs(x, 1), axis=-1)
-    worst = max(alpha * x.shape[-1], 1.0)
-    weight = np.clip(worst - np.arange(x.shape[-1]), 0, 1) / worst
-    return np.asarray(x @ weight)

@@ -13,23 +13,14 @@ FIRST_SEED = 201
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs of one algorithm on one environment under one setting.
+    """Runs of one algorithm on one environment under one setting."""
 
-    Attributes:
-        number: Its place in the registration.
-        algo: Name of the algorithm.
-        env_id: Gymnasium's name of the environment.
-        runs: Training seeds, from `FIRST_SEED` on.
-        together: Seeds trained as members of one process.
-        changes: What differs from the protocol, as fields of `scripts.experiment.Job`.
-    """
-
-    number: int
+    number: int  # its place in the registration
     algo: str
     env_id: str
-    runs: int
-    together: int
-    changes: dict[str, Any] = field(default_factory=dict)
+    runs: int  # training seeds, from `FIRST_SEED` on
+    together: int  # seeds trained as members of one process
+    changes: dict[str, Any] = field(default_factory=dict)  # of the protocol, as fields of `Job`
 
 
 def cartpole(number: int, variant: str, **changes: Any) -> Cell:

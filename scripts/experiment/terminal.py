@@ -1,4 +1,4 @@
-"""Command lines: numbers as people write them, and output that is never in the way."""
+"""Command lines: what is wrong in one sentence, and output that is never in the way."""
 
 import contextlib
 import os
@@ -6,7 +6,13 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
+
+from agents.environments import EnvironmentFault
+
+Options = TypeVar("Options")
 
 INTERRUPTED = 130
 """The exit code of what was interrupted, as shells have it."""
@@ -27,6 +33,31 @@ def whole_numbers(argv: Sequence[str]) -> list[str]:
             word = f"{found[1] or ''}{int(float(found[2]))}"
         words.append(word)
     return words
+
+
+def command_line(
+    name: str, kind: type[Options], description: str | None = None
+) -> Callable[[Callable[[Options], int]], Callable[..., int]]:
+    """Make what does a script's work, given its options, into one that takes a command line.
+
+    Both return the exit code. What is raised is said in a sentence: with 2 as exit code where it is
+    ValueError or OSError, with 1 where an environment is at fault.
+    """
+
+    def decorate(do: Callable[[Options], int]) -> Callable[..., int]:
+        def main(argv: Sequence[str] | None = None) -> int:
+            with unfailing_output():
+                prog = f"python -m scripts.{name}"
+                options = tyro.cli(kind, args=argv, prog=prog, description=description)
+                try:
+                    return do(options)
+                except (ValueError, OSError, EnvironmentFault) as error:
+                    print(f"error: {error}", file=sys.stderr)
+                    return 1 if isinstance(error, EnvironmentFault) else 2
+
+        return main
+
+    return decorate
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from typing import Any, TextIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from polyak_rl.choose import mean_of_worst
 from scripts.experiment.schemes import KNOWN, LATE
-from scripts.experiment.stats import Floats, cvar
+from scripts.experiment.stats import Floats
 
 COLUMNS = ("run", "env", "algo", "seed", "scheme", "step", "episode", "return")
 
@@ -63,26 +64,17 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Stratum:
-    """All runs of one algorithm on one environment in one variant, evaluated at the same steps.
-
-    Attributes:
-        runs: Their names, [N].
-        seeds: Their training seeds, [N].
-        steps: The environment steps of the evaluations, [P].
-        scores: By scheme the mean return of the episodes, [N, P]; NaN where there are none.
-        final: By scheme the returns of the last point's episodes, [N, E]; NaN as above.
-        scale: What is 0 and what is 1 of a normalised score; None: scores are raw.
-    """
+    """All runs of one algorithm on one environment in one variant, evaluated at the same steps."""
 
     env: str
     algo: str
     variant: str
-    runs: list[str]
-    seeds: list[str]
-    steps: Floats
-    scores: dict[str, Floats]
-    final: dict[str, Floats]
-    scale: Scale | None
+    runs: list[str]  # their names, [N]
+    seeds: list[str]  # their training seeds, [N]
+    steps: Floats  # the environment steps of the evaluations, [P]
+    scores: dict[str, Floats]  # by scheme the mean return, [N, P]; NaN where there is none
+    final: dict[str, Floats]  # by scheme the last point's returns, [N, E]; NaN as above
+    scale: Scale | None  # what is 0 and what is 1 of a normalised score; None: scores are raw
 
     @property
     def key(self) -> Key:
@@ -134,9 +126,7 @@ class Stratum:
     def shipped(self, scheme: str, *beside: str) -> Floats:
         """The normalised score at the end of the run, [N]; NaN for a run that lacks it.
 
-        Args:
-            scheme: The policy's weights.
-            beside: Others that it will be compared with: episodes that one did not play are out.
+        `beside` are others to compare it with: episodes that one of them did not play are out.
         """
         return self.normalise(each(self.episodes(scheme, *beside), np.mean))
 
@@ -148,7 +138,8 @@ class Stratum:
 
     def worst(self, scheme: str, *beside: str) -> Floats:
         """The normalised mean of the worst tenth of the last point's episodes, [N]."""
-        return self.normalise(each(self.episodes(scheme, *beside), cvar))
+        episodes = self.episodes(scheme, *beside)
+        return self.normalise(each(episodes, lambda row: mean_of_worst(row.tolist(), 0.1)))
 
     def wobble(self, scheme: str) -> Floats:
         """The standard deviation of each run's curve over (50 %, 75 %] of the run, [N].
@@ -161,7 +152,7 @@ class Stratum:
         return np.asarray(before.std(axis=1, ddof=1))
 
 
-def each(rows: Floats, statistic: Callable[[Floats], Floats]) -> Floats:
+def each(rows: Floats, statistic: Callable[[Floats], Any]) -> Floats:
     """The statistic of what is not NaN in each row, [N, E] -> [N]; NaN where nothing is."""
     parts = (row[np.isfinite(row)] for row in rows)
     return np.array([statistic(part) if part.size else np.nan for part in parts])
@@ -206,7 +197,16 @@ Episodes = dict[tuple[str, int], dict[str, float]]  # (scheme, step) -> episode 
 
 
 def read_results(files: Iterable[Path], scales: Mapping[str, Scale] = SCALES) -> list[Stratum]:
-    """All strata in tidy CSV files, in order of their names; a row given twice counts once."""
+    """All strata in tidy CSV files, in order of their names; see `read_episodes`."""
+    return [stratum(key, runs, scales.get(key[0])) for key, runs in read_episodes(files).items()]
+
+
+def read_episodes(files: Iterable[Path]) -> dict[Key, dict[tuple[str, str], Episodes]]:
+    """What tidy CSV files hold, by stratum in order and by (run, seed).
+
+    Raises:
+        ValueError: A row is none, or contradicts another; one that is given twice counts once.
+    """
     table: dict[Key, dict[tuple[str, str], Episodes]] = {}
     for path in files:
         for place, row in read_table(path):
@@ -226,7 +226,7 @@ def read_results(files: Iterable[Path], scales: Mapping[str, Scale] = SCALES) ->
                     f"{place}: one return an episode, got {cell[row['episode']]} and {score}"
                     f" for run {row['run']}, {row['scheme']}, step {step}"
                 )
-    return [stratum(key, runs, scales.get(key[0])) for key, runs in sorted(table.items())]
+    return dict(sorted(table.items()))
 
 
 def stratum(key: Key, table: dict[tuple[str, str], Episodes], scale: Scale | None) -> Stratum:
@@ -313,20 +313,13 @@ def planned_run(entry: Any) -> Run:
     if missing := [k for k in ("run", "env", "algo", "seed", "status") if k not in entry]:
         raise ValueError(f"missing {missing} in {str(entry)[:200]}")
     config = entry.get("config") or {}
+    if isinstance(config, str):
+        config = json.loads(config)
     seconds, evaluating = (
         None if entry.get(name) in (None, "") else float(entry[name])
         for name in ("seconds", "evaluating")
     )
-    if isinstance(config, str):
-        config = json.loads(config)
-    return Run(
-        env=str(entry["env"]),
-        algo=str(entry["algo"]),
-        variant=str(entry.get("variant") or ""),
-        run=str(entry["run"]),
-        seed=str(entry["seed"]),
-        status=str(entry["status"]).replace("_", " "),
-        seconds=seconds,
-        evaluating=evaluating,
-        config={str(name): str(value) for name, value in dict(config).items()},
-    )
+    key = (str(entry["env"]), str(entry["algo"]), str(entry.get("variant") or ""))
+    status = str(entry["status"]).replace("_", " ")
+    config = {str(name): str(value) for name, value in dict(config).items()}
+    return Run(*key, str(entry["run"]), str(entry["seed"]), status, seconds, evaluating, config)

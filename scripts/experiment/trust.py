@@ -11,10 +11,7 @@ def require_trusted(name: str, run: Path, *, trust: bool) -> None:
 
     The module is looked for without importing anything, its packages neither.
 
-    Args:
-        name: From the run's folder; one without a colon imports nothing.
-        run: The folder.
-        trust: Whoever started this trusts the folder; a module inside it is refused all the same.
+    With `trust` whoever started this trusts the folder; a module inside it is refused all the same.
 
     Raises:
         ValueError: The module is in the folder, or it is not trusted.

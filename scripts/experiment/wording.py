@@ -77,6 +77,12 @@ def says(effect: Effect, p: float, up: str = "better", down: str = "worse") -> s
     return word + ", indicative" * few
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def listing(words: Sequence[str]) -> str:
     """As in "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
