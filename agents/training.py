@@ -84,7 +84,7 @@ class TrainConfig:
     """make the gradient step one program, from sampling to the target networks, for a constant
     learning rate; its numbers are read once. It is compiled, by a C++ compiler or on CUDA by
     Triton, in ten to twenty seconds, twice where something is not due in every step, and each step
-    is the same to rounding; on CUDA it is captured in a graph besides"""
+    is the same to rounding; on CUDA it is captured in a graph besides, and acting is another"""
 
 
 def crossings(before: int, after: int, every: int) -> int:
