@@ -109,7 +109,7 @@ class DQN:
     def explore(self, obs: Tensor, noise: Tensor, epsilon: float | Tensor) -> Tensor:
         """Epsilon-greedy actions: obs [S, n, O], uniform draws [S, 2, n] -> [S, n]."""
         # Nearly always all are greedy: on the host that is seen for less than the rest would cost.
-        if noise.is_cpu and min(min(coins) for coins, _ in noise.tolist()) >= epsilon:
+        if noise.is_cpu and min(noise.numpy()[:, 0].flat) >= epsilon:
             return self.q.act(obs)
         coin, pick = noise.unbind(1)
         return torch.where(coin < epsilon, (pick * self.action_dim).long(), self.q.act(obs))
