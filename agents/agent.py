@@ -127,8 +127,16 @@ class Agent(Protocol):
         """Its settings."""
         ...
 
-    def explore(self, obs: Tensor, step: int) -> Tensor:
-        """Actions of the behaviour policy at an environment step."""
+    def noise(self, n: int) -> Draw:
+        """What `explore` is given besides observations, for n environments of every seed."""
+        ...
+
+    @property
+    def explore(self) -> Callable[..., Tensor]:
+        """Actions of the behaviour policy for obs [S, n, ...], draws, and the values of `charts`.
+
+        It can be one program, and is not asked before learning starts where its draws are normal.
+        """
         ...
 
     def update(self, batch: Batch) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from agents.agent import AgentConfig, Turns, check
 from agents.networks import Critic, DeterministicActor
 from agents.optimizers import Descent
 from agents.replay import Batch
-from agents.seeding import Purpose, Streams, generators
+from agents.seeding import Draw, Purpose, Streams, generators
 from agents.targets import target_every, target_networks
 
 
@@ -81,14 +81,14 @@ class DDPG:
         """What the schedules say at an environment step: there are none."""
         return {}
 
-    @torch.inference_mode()
-    def explore(self, obs: Tensor, step: int) -> Tensor:
-        """Noisy actions, uniform ones until learning starts: obs [S, n, O] -> [S, n, A]."""
-        shape = (obs.shape[1], self.action_dim)
-        if step < self.config.learning_starts:
-            return 2 * self.exploration.uniform(*shape) - 1
+    def noise(self, n: int) -> Draw:
+        """What `explore` is given for n environments."""
+        return self.exploration, "normal", (n, self.action_dim)
+
+    def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Noisy actions: obs [S, n, O], normal draws [S, n, A] -> [S, n, A]."""
         action: Tensor = self.actor(obs)
-        return (action + self.config.noise_std * self.exploration.normal(*shape)).clamp(-1, 1)
+        return (action + self.config.noise_std * noise).clamp(-1, 1)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""

@@ -33,7 +33,7 @@ from agents.networks import QNetwork
 from agents.optimizers import Descent
 from agents.pixels import PixelQNetwork
 from agents.replay import Batch
-from agents.seeding import Purpose, Streams, generators
+from agents.seeding import Draw, Purpose, Streams, generators
 from agents.targets import target_every, target_networks
 
 
@@ -102,13 +102,17 @@ class DQN:
         """What the schedules say at an environment step."""
         return {"charts/epsilon": self.epsilon(step)}
 
-    @torch.inference_mode()
-    def explore(self, obs: Tensor, step: int) -> Tensor:
-        """Epsilon-greedy actions: obs [S, n, O] -> [S, n]."""
-        # Two draws an action, random or not: the stream's position depends on their number alone.
-        coin, pick = self.exploration.uniform(2, obs.shape[1]).unbind(1)  # [S, n] each
-        random = (pick * self.action_dim).long()
-        return torch.where(coin < self.epsilon(step), random, self.q.act(obs))
+    def noise(self, n: int) -> Draw:
+        """What `explore` is given for n environments: two draws an action, random or not."""
+        return self.exploration, "uniform", (2, n)
+
+    def explore(self, obs: Tensor, noise: Tensor, epsilon: float | Tensor) -> Tensor:
+        """Epsilon-greedy actions: obs [S, n, O], uniform draws [S, 2, n] -> [S, n]."""
+        # Nearly always all are greedy: on the host that is seen for less than the rest would cost.
+        if noise.is_cpu and min(noise.numpy()[:, 0].flat) >= epsilon:
+            return self.q.act(obs)
+        coin, pick = noise.unbind(1)
+        return torch.where(coin < epsilon, (pick * self.action_dim).long(), self.q.act(obs))
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""

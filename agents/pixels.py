@@ -186,12 +186,12 @@ class FrameReplay(Replay):
             self.known[member] = known
         super().add(places[0], action, reward, terminated, places[1])
 
-    def append(self, rows: Tensor) -> None:
+    def append(self, rows: NDArray[np.float32]) -> None:
         """Store transitions as rows whose frames have their places; what they replace goes."""
         self._put_frames()
         at = np.arange(self.added, self.added + rows.shape[1]) % self.capacity
         replaced = self.shown[:, at]
-        self.shown[:, at] = shown = rows.numpy()[..., self.columns]
+        self.shown[:, at] = shown = rows[..., self.columns]
         super().append(rows)
         for member, uses in enumerate(self.uses):
             uses.update(shown[member].astype(int).ravel().tolist())
@@ -229,7 +229,7 @@ class FrameReplay(Replay):
             places = np.array(self._store(member, frames[:count]), dtype=np.float32)
             row[:, self.columns] = places[number]
             frames = frames[count:]
-        self.append(torch.from_numpy(rows))
+        self.append(rows)
 
     def _stacks(self, places: Tensor) -> Tensor:
         """The stacks [S, B, K, H, W] whose frames lie in these places [S, B, K]."""

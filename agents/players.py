@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -36,6 +37,7 @@ from agents.environments import (
 PAYS_AFTER = 2.0  # seconds of playing alone after which helpers are begun: what they cost, about
 MESSAGE = 50e-6  # seconds that it takes to ask a helper and to read its answer
 GRACE = 10  # seconds for a helper to end
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's time on cores, and in how much time
 BEGIN = """
 import pickle, signal, sys
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # meant for the parent; to ignore them is inherited
@@ -316,8 +318,11 @@ def idle_cores() -> int:
     """The cores that this process may use and no other uses now, its own included."""
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    with contextlib.suppress(OSError, ValueError):  # there is no file, or it says "max"
+        quota, period = map(int, QUOTA.read_text().split())
+        usable = min(usable, quota // period)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else cores
-    return min(usable, 1 + max(0, round(cores - load)))
+    return max(1, min(usable, 1 + round(cores - load)))
 
 
 def serve() -> None:

@@ -149,16 +149,15 @@ class Replay:
         rows[:, :, -obs_dim - 2] = reward
         rows[:, :, -obs_dim - 1] = terminated
         rows[:, :, -obs_dim:] = next_obs
-        self.append(torch.from_numpy(rows))
+        self.append(rows)
 
-    def append(self, rows: Tensor) -> None:
-        """Store transitions that are rows [S, n, D] on the CPU; n is at most the capacity."""
+    def append(self, rows: NDArray[np.float32]) -> None:
+        """Store transitions that are rows [S, n, D]; n is at most the capacity."""
         n, position = rows.shape[1], self.position
         fitting = min(n, self.capacity - position)
-        ring: Any = self.rows
-        new: Any = self._upload(rows)
-        if ring.is_cpu:  # NumPy's slices are less work
-            ring, new = ring.numpy(), new.numpy()
+        on_host = self.rows.is_cpu  # where NumPy's slices are less work
+        ring: Any = self.rows.numpy() if on_host else self.rows
+        new: Any = rows if on_host else self._upload(torch.from_numpy(rows))
         ring[:, position : position + fitting] = new[:, :fitting]
         if fitting < n:  # the rest wraps to the start of the ring
             ring[:, : n - fitting] = new[:, fitting:]
@@ -176,7 +175,7 @@ class Replay:
     def load(self, data: bytes, n: int) -> None:
         """Store n transitions from `dump`."""
         rows = np.frombuffer(data, dtype="<f4").astype(np.float32)
-        self.append(torch.from_numpy(rows.reshape(len(self.rows), n, -1)))
+        self.append(rows.reshape(len(self.rows), n, -1))
 
     def sample(self, batch_size: int, streams: Streams) -> Batch:
         """Draw `batch_size` transitions of every seed, each from that seed's stream.

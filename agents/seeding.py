@@ -43,7 +43,8 @@ def generators(purpose: Purpose, seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(_key(purpose, seed)) for seed in seeds]
 
 
-Law = Literal["normal", "uniform", "integer"]
+Noise = Literal["normal", "uniform"]
+Law = Noise | Literal["integer"]
 _LOW = 2**32 - 1
 
 
@@ -76,12 +77,14 @@ class Streams:
         self.counted = self.device.type != "cpu"
         self.position = 0
         self._generators = generators(purpose, seeds)
+        self._form: tuple[Noise, tuple[int, ...]] | None = None  # of the rows that were made ahead
+        self._rows: Iterator[Tensor] = iter(())
+        self._used = 0  # of these rows
+        self._before: list[Tensor] = []  # where torch's generators were when they were made
         if self.counted:
             keys = torch.tensor([[_key(purpose, seed) - 2**63] for seed in seeds])
             self._keys = keys.to(device)  # [S, 1]
             self._start = torch.zeros(1, dtype=torch.int64, device=device)
-            self._form: tuple[Any, ...] | None = None  # of the rows that were made ahead
-            self._rows: Iterator[Tensor] = iter(())
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers [S, *shape]."""
@@ -91,13 +94,43 @@ class Streams:
         """Numbers [S, *shape] from [0, 1)."""
         return self.draw("uniform", shape)
 
-    def draw(self, law: Literal["normal", "uniform"], shape: tuple[int, ...]) -> Tensor:
+    def draw(self, law: Noise, shape: tuple[int, ...]) -> Tensor:
         """Numbers [S, *shape] by their law."""
         if self.counted:
-            return self._next(law, shape)
+            return self.next(law, shape)
+        self._settle()
+        return self._draw(law, shape)
+
+    def next(self, law: Noise, shape: tuple[int, ...]) -> Tensor:
+        """As `draw`, but made for many calls at once: quick where all are of one form."""
+        row = next(self._rows, None) if self._form == (law, shape) else None
+        if row is None:
+            self._settle()
+            self._form, calls = (law, shape), ahead(len(self._generators), shape)
+            if self.counted:
+                self.tell()
+                self._rows = iter(self.after(law, calls, shape))
+            else:
+                self._before = [generator.get_state() for generator in self._generators]
+                self._rows = iter([self._draw(law, shape) for _ in range(calls)])
+            row = next(self._rows)
+        self._used += 1
+        self.use(*shape)
+        return row
+
+    def _draw(self, law: Noise, shape: tuple[int, ...]) -> Tensor:
         make = torch.randn if law == "normal" else torch.rand
         draws = [make(shape, generator=g) for g in self._generators]
         return torch.stack(draws) if len(draws) > 1 else draws[0].unsqueeze(0)
+
+    def _settle(self) -> None:
+        """Drop what was made ahead; torch's generators are where single calls had left them."""
+        if self._form and not self.counted:
+            for generator, place in zip(self._generators, self._before, strict=True):
+                generator.set_state(place)
+            for _ in range(self._used):
+                self._draw(*self._form)
+        self._form, self._used = None, 0
 
     def below(self, high: int, calls: int, size: int) -> Tensor:
         """What so many calls for `size` integers from [0, high) give: [calls, S, size]."""
@@ -106,6 +139,7 @@ class Streams:
             numbers = self.after("integer", calls, (size,)).remainder_(high)
             self.use(size, calls=calls)
             return numbers
+        self._settle()
         shape = (calls, size)
         draws = [torch.randint(high, shape, generator=g) for g in self._generators]
         return torch.stack(draws, dim=1)
@@ -151,18 +185,9 @@ class Streams:
         if self.counted:
             self.position += calls * words_of(shape)
 
-    def _next(self, law: Law, shape: tuple[int, ...]) -> Tensor:
-        """One call, from those that were made ahead."""
-        if (row := next(self._rows, None) if self._form == (law, shape) else None) is None:
-            self._form = (law, shape)
-            self.tell()
-            self._rows = iter(self.after(law, ahead(len(self._keys), shape), shape))
-            row = next(self._rows)
-        self.use(*shape)
-        return row
-
     def state_dict(self) -> dict[str, Any]:
         """Where each stream is."""
+        self._settle()
         states = [generator.get_state() for generator in self._generators]
         return {"position": self.position, "generators": states}
 
@@ -173,8 +198,8 @@ class Streams:
             generator.set_state(place)
 
 
-Draw = tuple[Streams, Literal["normal", "uniform"], tuple[int, ...]]
-"""Numbers that a gradient step takes: from where, by which law, and the shape of each seed's."""
+Draw = tuple[Streams, Noise, tuple[int, ...]]
+"""Numbers that a step takes: from where, by which law, and the shape of each seed's."""
 
 
 def splitmix64(key: Tensor, index: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from torch import Tensor
 from agents.agent import Agent, AgentConfig, check
 from agents.environments import EnvironmentFault, interface
 from agents.evaluation import MAX_STEPS, Evaluation, Evaluator, Stopped
+from agents.explorer import Explorer
 from agents.learner import Learner
 from agents.networks import stack_members
 from agents.nonfinite import NonFiniteError
 from agents.pixels import FrameReplay
 from agents.presets import ALGORITHMS
 from agents.program import build_for, require_compiler
-from agents.replay import Replay, Upload
+from agents.replay import Replay
 from agents.seeding import Purpose, Streams, episode_seed, evaluation_seeds
 from agents.vector import autoreset_of, finite, finite_reward, require_finite, vector_env
 
@@ -83,7 +84,7 @@ class TrainConfig:
     """make the gradient step one program, from sampling to the target networks, for a constant
     learning rate; its numbers are read once. It is compiled, by a C++ compiler or on CUDA by
     Triton, in ten to twenty seconds, twice where something is not due in every step, and each step
-    is the same to rounding; on CUDA it is captured in a graph besides"""
+    is the same to rounding; on CUDA it is captured in a graph besides, and acting is another"""
 
 
 def crossings(before: int, after: int, every: int) -> int:
@@ -197,6 +198,13 @@ class Training:
             compiled=config.compile,
             build=build_for(self.device),
         )
+        self.explorer = Explorer(
+            self.agent,
+            (len(self.seeds), config.n_envs, *self.interface.obs_shape),
+            self.device,
+            compiled=config.compile,
+            build=build_for(self.device),
+        )
         if config.compile and agent_config.tau_end is not None:
             for target in self.agent.targets.values():  # a number would be read once
                 target.tau = torch.full((), agent_config.tau, device=self.device)
@@ -218,7 +226,6 @@ class Training:
         self.schemes: dict[str, Callable[[], Mapping[str, Tensor] | None]] = {
             "last": lambda: dict(self.agent.policy.named_parameters())
         }
-        self._upload = Upload(self.device)
         self.recorders: list[Callable[[], None]] = []
         self.diagnostics: list[Callable[[], Mapping[str, Tensor]]] = []
         self.stopping = False
@@ -235,7 +242,7 @@ class Training:
         first = [episode_seed(s, i, 0) for s in self.seeds for i in range(config.n_envs)]
         observed, _ = self.envs.reset(seed=first)  # type: ignore[arg-type]
         self.obs = self._observations(observed)  # [S, n_envs, *obs_shape]
-        self.ended = np.zeros(n, dtype=bool)
+        self.ended, self._all = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
         self.episode_return = np.zeros(n)
         self.episode_length = np.zeros(n, dtype=np.int64)
         self.latest_return = np.full(len(self.seeds), np.nan)
@@ -361,7 +368,7 @@ class Training:
     def _updates_due(self, before: int, after: int) -> int:
         """Gradient steps that fall due in the environment steps (before, after]."""
         c = self.agent.config
-        first, last = (max(step, c.learning_starts) for step in (before, after))
+        first, last = max(before, c.learning_starts), max(after, c.learning_starts)
         return crossings(first, last, c.train_every) * int(c.gradient_steps)
 
     def _interact(self) -> None:
@@ -369,14 +376,14 @@ class Training:
         if self.step == 0 and not skip:
             require_finite(self.envs, 0, obs, obs, np.zeros(len(self.ended)), self.ended)
         seen = np.nan_to_num(obs, posinf=0, neginf=0) if skip else obs
-        action = self.agent.explore(self._upload(torch.from_numpy(seen)), self.step).cpu().numpy()
+        action = self.explorer(seen, self.step)
         observed, reward, terminated, truncated, info = self.envs.step(
             self.interface.to_env(action.reshape(-1, *action.shape[2:]))
         )
         self.obs = next_obs = self._observations(observed)
         ended = terminated | truncated
         some_ended = np.count_nonzero(ended) > 0
-        real = np.ones(len(ended), dtype=bool)
+        real = self._all
         if self.autoreset == AutoresetMode.NEXT_STEP:
             real = ~self.ended  # the step after an end only resets: it is no transition at all
         elif some_ended:
@@ -397,15 +404,15 @@ class Training:
             reward = np.nan_to_num(reward, posinf=0, neginf=0)
         else:
             require_finite(self.envs, self.step, self.obs, next_obs, reward, ended)
-        if count := np.count_nonzero(stored):
-            by_seed = action.shape[:2]
-            ends = reward.reshape(by_seed), terminated.reshape(by_seed)
-            transitions: Any = (obs, action, *ends, next_obs)
-            if count < len(stored):  # of one seed
-                transitions = [field[:, stored] for field in transitions]
+        by_seed = action.shape[:2]
+        ends = reward.reshape(by_seed), terminated.reshape(by_seed)
+        transitions: Any = (obs, action, *ends, next_obs)
+        if stored is not self._all:  # of one seed
+            transitions = [field[:, stored] for field in transitions]
+        if transitions[0].size:
             self.replay.add(*transitions)
         self.step += int(np.count_nonzero(real)) // len(self.seeds)
-        np.add(self.episode_return, reward, out=self.episode_return, where=real)
+        self.episode_return += reward * real
         self.episode_length += real
         self.ended = ended
         if some_ended:

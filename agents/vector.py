@@ -88,18 +88,21 @@ class SameStep(SyncVectorEnv):
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step every environment; those whose episode ends begin the next one."""
-        space, n = self.single_observation_space, self.num_envs
-        obs = np.empty((n, *(space.shape or ())), dtype=space.dtype)
-        rewards = np.empty(n)
-        terminated, truncated = np.empty((2, n), dtype=bool)
+        space = self.single_observation_space
+        obs = np.empty((self.num_envs, *(space.shape or ())), dtype=space.dtype)
+        rewards, terminated, truncated = [], [], []
         final: dict[int, Any] = {}
         for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            seen, rewards[i], terminated[i], truncated[i], _ = env.step(action)
-            if terminated[i] or truncated[i]:
+            seen, reward, over, cut, _ = env.step(action)
+            if over or cut:
                 final[i] = seen.copy()  # the environment may write to it again
                 seen, _ = env.reset()
             obs[i] = seen
-        return obs, rewards, terminated, truncated, {"final_obs": final}
+            rewards.append(reward)
+            terminated.append(over)
+            truncated.append(cut)
+        told = np.array(rewards), np.array(terminated), np.array(truncated)
+        return obs, *told, {"final_obs": final}
 
 
 def vector_env(

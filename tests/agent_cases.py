@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agents.explorer import explore
 from agents.replay import Batch, Replay
 from agents.seeding import Purpose, Streams
 
@@ -72,7 +73,7 @@ def train_on_noise(
     sampling = Streams(Purpose.REPLAY, seeds)
     actions = []
     for k in range(updates):
-        actions.append(agent.explore(torch.from_numpy(obs[:, k : k + 1]), 5_000 + k))
+        actions.append(explore(agent, torch.from_numpy(obs[:, k : k + 1]), 5_000 + k))
         tags = agent.update(replay.sample(config.batch_size, sampling))
     end = {"actions": torch.stack(actions, dim=1)} | tags
     networks = {"policy": agent.policy} | {k: t.module for k, t in agent.targets.items()}

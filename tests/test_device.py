@@ -87,16 +87,29 @@ def test_a_gradient_step_without_a_program_waits_for_nothing(cuda, algo, launche
 
 @needs_pretence
 @pytest.mark.parametrize("seeds", [1, 20])
+@pytest.mark.parametrize(("compile", "launches"), [(True, 5), (False, 18)])
 @pytest.mark.parametrize("algo", ENVS)
-def test_an_environment_step_waits_for_its_actions_alone(cuda, algo, seeds):
-    one = training(algo, seeds, agent={"gradient_steps": 0})
+def test_an_environment_step_waits_for_its_actions_alone(cuda, algo, compile, launches, seeds):
+    one = training(algo, seeds, agent={"gradient_steps": 0}, compile=compile)
     while one.step < 20:  # actions are the policy's
         one.advance()
     cuda.clear()
     for _ in range(64):
         one.advance()
-    assert dict(cuda.waits) == {"agents/training.py _interact": 64}
-    assert cuda.launched <= 64 * 18
+    assert dict(cuda.waits) == {"agents/explorer.py __call__": 64}
+    assert cuda.graphs == 64 * compile
+    # As a program: observations there, the replay, actions back, and to store a transition two.
+    assert cuda.launched <= 64 * launches + 40  # which make the draws of 64 steps
+
+
+@pytest.mark.parametrize("algo", ENVS)
+def test_a_program_acts_as_single_operations_do(algo):
+    agent = {"learning_starts": 5} | ({"epsilon_end": 0.3} if algo == "dqn" else {})
+    program, eager = (training(algo, 2, 150, agent, compile=c, n_envs=3).explorer for c in (1, 0))
+    obs = np.random.default_rng(0).normal(size=(100, *program.shape)).astype(np.float32)
+    for step, seen in enumerate(obs):  # the draws of more than one block, and all of a schedule
+        assert np.array_equal(program(seen, step), eager(seen, step)), step
+    assert len(program.program.recorded) == 1
 
 
 @needs_pretence

@@ -12,6 +12,7 @@ from agent_cases import (
 )
 
 from agents.dqn import DQN, DQNConfig
+from agents.explorer import explore
 from agents.replay import Batch
 
 SMALL = DQNConfig(
@@ -101,10 +102,10 @@ def test_actions_are_random_until_learning_starts():
     config = replace(SMALL, learning_starts=100, epsilon_start=0.0, epsilon_end=0.0)
     agent = make(config)
     obs = torch.ones(1, 3000, 4)
-    counts = torch.bincount(agent.explore(obs, 99).flatten(), minlength=3)
+    counts = torch.bincount(explore(agent, obs, 99).flatten(), minlength=3)
     assert len(counts) == 3
     assert (counts - 1000).abs().max() < 5 * (3000 * 2 / 9) ** 0.5
-    assert torch.equal(agent.explore(obs, 100), agent.q.act(obs))
+    assert torch.equal(explore(agent, obs, 100), agent.q.act(obs))
 
 
 def test_a_share_epsilon_of_the_actions_is_random():
@@ -112,7 +113,7 @@ def test_a_share_epsilon_of_the_actions_is_random():
     obs = torch.ones(1, 20_000, 4)
     greedy = agent.q.act(obs)
     # a random action is the greedy one a third of the time
-    share = (agent.explore(obs, 0) != greedy).float().mean().item()
+    share = (explore(agent, obs, 0) != greedy).float().mean().item()
     assert share == pytest.approx(0.2, abs=5 * (0.2 * 0.8 / 20_000) ** 0.5)
 
 

@@ -238,11 +238,16 @@ def test_helpers_are_begun_once_evaluations_take_long_and_only_where_cores_are_i
     assert np.array_equal(first.returns, second.returns)
 
 
-def test_no_core_is_idle_where_others_use_them_all(monkeypatch):
+def test_no_core_is_idle_where_others_use_them_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(players, "QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     for load, expected in ((0.0, 8), (1.0, 8), (12.2, 5), (15.6, 1), (40.0, 1)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0), raising=False)
+        assert players.idle_cores() == expected
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.0, 0.0, 0.0), raising=False)
+    for quota, expected in (("max", 8), ("350000", 3), ("50000", 1)):
+        players.QUOTA.write_text(f"{quota} 100000\n")
         assert players.idle_cores() == expected
 
 

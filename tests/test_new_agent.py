@@ -5,11 +5,13 @@ https://arxiv.org/abs/2101.05982
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from agent_cases import random_batch
 
 from agents.agent import Turns, check
+from agents.explorer import Explorer
 from agents.learner import Learner
 from agents.networks import Critic, GaussianActor
 from agents.optimizers import Descent
@@ -56,7 +58,7 @@ class REDQ:
         self.turns = Turns(target_every(config))
         self.policy = self.actor
 
-    explore, charts = SAC.explore, SAC.charts
+    noise, explore, charts = SAC.noise, SAC.explore, SAC.charts
 
     def update(self, batch):
         noise = self.randomness.normal(2, *batch.action.shape[1:])
@@ -112,7 +114,7 @@ def test_with_two_critics_that_both_count_its_critics_are_those_of_sac():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_it_can_be_one_program(device):
-    ends = []
+    ends, actions = [], []
     for compiled in (False, True):
         agent = REDQ(3, 1, REDQConfig(**SMALL), (4, 5), device, 100)
         replay = Replay(32, 3, 1, 2, device)
@@ -125,7 +127,10 @@ def test_it_can_be_one_program(device):
         for _ in range(3):
             learner.step()
         ends.append(weights(agent))
+        explorer = Explorer(agent, (2, 1, 3), torch.device(device), compiled=compiled, build=build)
+        actions.append([explorer(np.ones((2, 1, 3), np.float32), step) for step in range(9, 12)])
     assert all(map(torch.equal, *ends))
+    assert np.array_equal(*actions)
 
 
 def test_the_loop_trains_it_as_any_other(monkeypatch):

@@ -17,6 +17,7 @@ from torch import nn
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.dqn import DQN, DQNConfig
 from agents.environments import interface, make_env
+from agents.explorer import explore
 from agents.pixels import FrameReplay, PixelQNetwork
 from agents.presets import preset
 from agents.replay import Replay
@@ -159,7 +160,7 @@ def updated(seeds, updates=20):
     sampling = Streams(Purpose.REPLAY, seeds)
     for _ in range(updates):
         tags = agent.update(replay.sample(32, sampling))
-    actions = agent.explore(torch.from_numpy(obs[:, :9]), 999)
+    actions = explore(agent, torch.from_numpy(obs[:, :9]), 999)
     return [actions, *tags.values(), *agent.q.parameters(), *agent.q_target.module.parameters()]
 
 

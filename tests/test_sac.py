@@ -13,6 +13,7 @@ from agent_cases import (
 )
 from torch.distributions import Normal
 
+from agents.explorer import explore
 from agents.sac import SAC, SACConfig
 from agents.seeding import Purpose, generators
 
@@ -160,10 +161,10 @@ def test_the_critics_targets_move_by_tau_at_every_gradient_step():
 def test_exploration_samples_the_policy_and_is_uniform_until_learning_starts():
     agent = make(replace(SMALL, learning_starts=10))
     obs = torch.zeros(1, 20_000, 3)
-    uniform = agent.explore(obs, 9)
+    uniform = explore(agent, obs, 9)
     assert uniform.abs().max() <= 1
     assert uniform.std().item() == pytest.approx(1 / 3**0.5, rel=0.02)
-    sampled = torch.atanh(agent.explore(obs, 10).double())
+    sampled = torch.atanh(explore(agent, obs, 10).double())
     mean, log_std = agent.actor(obs[:, :1])
     torch.testing.assert_close(sampled.mean(1), mean[:, 0].double(), rtol=0.05, atol=0.05)
     torch.testing.assert_close(sampled.std(1), log_std[:, 0].exp().double(), rtol=0.05, atol=0)

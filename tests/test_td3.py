@@ -11,6 +11,7 @@ from agent_cases import (
     random_batch,
 )
 
+from agents.explorer import explore
 from agents.seeding import Purpose, generators
 from agents.td3 import TD3, TD3Config
 from agents.training import TrainConfig, Training
@@ -181,22 +182,22 @@ def test_the_actors_loss_gives_the_critics_no_gradient():
 def test_exploration_is_gaussian_around_the_actor_and_clipped_to_the_range():
     agent = make(replace(SMALL, noise_std=0.25))
     obs = torch.zeros(1, 20_000, 3)
-    noise = agent.explore(obs, 0) - agent.actor.act(obs)
+    noise = explore(agent, obs, 0) - agent.actor.act(obs)
     assert noise.mean().abs() < 5 * 0.25 / 40_000**0.5
     assert noise.std().item() == pytest.approx(0.25, rel=0.03)
-    wild = make(replace(SMALL, noise_std=5.0)).explore(obs, 0)
+    wild = explore(make(replace(SMALL, noise_std=5.0)), obs, 0)
     assert (wild.min().item(), wild.max().item()) == (-1.0, 1.0)
 
 
 def test_actions_are_uniform_until_learning_starts():
     agent = make(replace(SMALL, learning_starts=10, noise_std=0.0))
     obs = torch.zeros(1, 20_000, 3)
-    action = agent.explore(obs, 9)
+    action = explore(agent, obs, 9)
     assert action.shape == (1, 20_000, 2)
     assert action.abs().max() <= 1
     assert action.mean().abs() < 5 / (3 * 40_000) ** 0.5
     assert action.std().item() == pytest.approx(1 / 3**0.5, rel=0.02)
-    assert torch.equal(agent.explore(obs, 10), agent.actor.act(obs))
+    assert torch.equal(explore(agent, obs, 10), agent.actor.act(obs))
 
 
 def test_targets_are_frozen_and_in_no_optimizer():

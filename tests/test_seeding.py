@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from agents.seeding import Purpose, Streams
+
+CALLS = [("uniform", (2, 1))] * 70 + [("normal", (3, 6))] * 5 + [("normal", (3,))] * 130
+
+
+def streams():
+    return Streams(Purpose.EXPLORATION, [3, 8])
+
+
+def test_what_is_made_ahead_is_what_single_calls_give():
+    ahead, single = streams(), streams()
+    for call in CALLS:
+        assert torch.equal(ahead.next(*call), single.draw(*call))
+
+
+@pytest.mark.parametrize("made", [1, 64, 73, 100])
+def test_a_stream_is_saved_where_it_was_used_however_much_was_made_ahead(made):
+    ahead, single, loaded = streams(), streams(), streams()
+    for call in CALLS[:made]:
+        ahead.next(*call)
+        single.draw(*call)
+    ours, theirs = ahead.state_dict(), single.state_dict()
+    assert all(map(torch.equal, ours["generators"], theirs["generators"]))
+    loaded.next("uniform", (2, 1))
+    loaded.load_state_dict(ours)
+    for call in CALLS[made:]:
+        number = single.draw(*call)
+        assert torch.equal(loaded.next(*call), number)
+        assert torch.equal(ahead.next(*call), number)
+
+
+def test_other_draws_follow_on_what_was_used():
+    ahead, single = streams(), streams()
+    for one in (ahead.next, single.draw):
+        one("normal", (3,))
+    assert torch.equal(ahead.below(9, 2, 4), single.below(9, 2, 4))
+    for one in (ahead.next, single.draw):
+        one("normal", (3,))
+    assert torch.equal(ahead.uniform(2), single.uniform(2))
