@@ -5,8 +5,8 @@
 critics; a single network is `M = 1`. No network stores `M`: it is read from the weights, so that a
 policy whose weights are replaced by a stack of other policies' weights evaluates all of them.
 
-On CPU a member's result does not depend, to the bit, on which members are beside it, where hidden
-sizes are multiples of 4 and the weights lie in flat memory (`polyak_rl.flatten_`).
+On one thread of a CPU a member's result does not depend, to the bit, on which members are beside
+it, where hidden sizes are multiples of 4 and the weights lie in flat memory (`polyak_rl.flatten_`).
 """
 
 import copy

@@ -100,8 +100,8 @@ def crossings(before: int, after: int, every: int) -> int:
 class Training:
     """A run of one algorithm on one environment, for several seeds at once.
 
-    A seed's run is the same, to the bit on CPU, whichever seeds run beside it (not promised with
-    `compile`). Everything that changes from step to step is an attribute.
+    A seed's run is the same, to the bit on one thread of a CPU, whichever seeds run beside it (not
+    promised with `compile`). Everything that changes from step to step is an attribute.
 
     Args:
         algo: A name of `agents.presets.ALGORITHMS`.

@@ -5,6 +5,8 @@ import torch
 
 from tests.pretended_cuda import Device, pretend
 
+torch.set_num_threads(1)  # with more, bits depend on which seeds run together
+
 
 @pytest.fixture(autouse=True)
 def cuda(request: pytest.FixtureRequest) -> Iterator[Device | None]:
