@@ -22,13 +22,13 @@ def default_rules(total_updates: int) -> dict[str, Rule]:
 def record_policy(
     training: Training, rules: Mapping[str, Rule], capacity: int | None = None
 ) -> PolicyAverages:
-    """Record the weights of a training's policy after every gradient step.
+    """Record the weights of a training's policy in every gradient step.
 
     Averages are taken of what acts: DQN's Q network, the others' actor. Training is the
     same, bit for bit, with it and without.
 
     Args:
-        training: The run; its `recorders` are added to, and nothing of it is written to.
+        training: The run; nothing of what it learns is written to.
         rules: Averages to keep, by name.
         capacity: Segments of the timeline; None: 256, or as many as 512 MiB a seed hold.
     """
@@ -40,7 +40,7 @@ def record_policy(
         # The machine's memory is the limit where the caller chose.
         max_bytes=1 << 36 if capacity else len(training.seeds) << 29,
     )
-    training.recorders.append(averages.record)
+    training.learner.record(averages)
     return averages
 
 

@@ -9,14 +9,16 @@ from agents.agent import Agent
 from agents.program import Build, Program, inductor
 from agents.replay import Batch, Replay
 from agents.seeding import Law, Streams, ahead, words_of
+from polyak_rl import PolicyAverages
 
 
 class Learner:
     """Lets an agent learn from batches that are drawn from its replay buffer.
 
     As a program, a gradient step is all of this at once: the batch is gathered, the agent learns,
-    its targets follow, and bad gradients are noted. Only what is random is made outside, for many
-    steps ahead, and waits in rows of a block, of which each step reads the next.
+    its targets follow, bad gradients are noted, and averages are given the new weights. Outside
+    are what is random, which is made for many steps ahead and waits in rows of a block, of which
+    each step reads the next, and what averages make of many steps' weights.
 
     Args:
         agent: Learns.
@@ -27,6 +29,7 @@ class Learner:
 
     Attributes:
         program: The gradient step, or None.
+        averages: Of the policy's weights, which are recorded in each gradient step; see `record`.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Learner:
     ) -> None:
         self.agent, self.replay, self.sampling = agent, replay, sampling
         self.program: Program | None = None
+        self.averages: list[PolicyAverages] = []
         self._batches: Iterator[Batch] = iter(())
         if not compiled:
             return
@@ -61,6 +65,12 @@ class Learner:
         self._size = torch.ones((), dtype=torch.int64, device=device)  # of the replay buffer
         self._left = 0  # rows not yet read
         self._due = 0  # gradient steps left of the round
+
+    def record(self, averages: PolicyAverages) -> None:
+        """Record the policy's weights in every gradient step from now on."""
+        self.averages.append(averages)
+        if self.program is not None:
+            self.program.recorded.clear()
 
     def begin(self, count: int) -> None:
         """Begin a round of so many gradient steps.
@@ -85,14 +95,22 @@ class Learner:
     def step(self) -> dict[str, Tensor]:
         """The next gradient step; tags with values [S, ...] on the device."""
         if self.program is None:
-            return self.agent.update(next(self._batches))
+            tags = self.agent.update(next(self._batches))
+            for averages in self.averages:
+                averages.record()
+            return tags
+        for averages in self.averages:
+            averages.expect()
         if not self._left:
             self._refill()
         self._left -= 1
         self._due -= 1
         for streams, _, shape in self._draws:
             streams.use(*shape)
-        return self.program(*self.agent.turns.next())
+        tags = self.program(*self.agent.turns.next())
+        for averages in self.averages:
+            averages.count()
+        return tags
 
     def _step(self, *turns: bool) -> dict[str, Tensor]:
         """What is one program."""
@@ -100,6 +118,8 @@ class Learner:
         batch = self.replay.take(picks.remainder(self._size))
         tags = self.agent.learn(batch, *noise, *turns)
         self.agent.descent.watch.note()
+        for averages in self.averages:
+            averages.write()
         self._row.add_(1)
         return tags
 

@@ -289,7 +289,10 @@ class _StandIns(TorchDispatchMode):  # type: ignore[no-untyped-call]
             whole = self._stand_ins.get(_address(x))
             if whole is None:
                 return x
-            view = whole.as_strided(x.shape, x.stride(), x.storage_offset())
+            if x.is_contiguous() and x.numel() == whole.numel():
+                view = whole.view(x.shape)  # to which Inductor writes in place, whatever its part
+            else:
+                view = whole.as_strided(x.shape, x.stride(), x.storage_offset())
             replaced[id(view)] = x
             return view
 

@@ -115,7 +115,7 @@ class Training:
     Attributes:
         step: Environment steps taken, per seed.
         updates: Gradient steps taken.
-        recorders: Called after every gradient step; averages of the policy's weights go here.
+        recorders: Called after every gradient step.
         schemes: Name -> function that returns policy weights, which are evaluated, or None where
             there are none yet. "last" is there.
         diagnostics: Functions that return tags with values [S], called for a log line.

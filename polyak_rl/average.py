@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers
-from polyak_rl.guard import (
-    Call,
-    Guard,
-    all_finite,
-    check_guard,
-    damage_is_a_value_error,
-    refuse_capture,
-)
+from polyak_rl.guard import Guard
+from polyak_rl.iterates import Iterates, Keeper
 from polyak_rl.pairing import unwrap
-from polyak_rl.rules import Rule, Stretch, Window, describe_rule, require_int
-from polyak_rl.vector import (
-    Averages,
-    WeightVector,
-    check_clock,
-    check_vectors,
-    twin,
-)
+from polyak_rl.rules import Rule, Stretch, Window, describe_rule
+from polyak_rl.vector import check_clock, check_vectors
 
-_BLOCK = 32  # iterates that are taken in by one matrix product
-_BLOCK_BYTES = 1 << 26  # and the memory that they may wait in
-_LAUNCHES = 8  # rows at least where each kernel is launched, whatever they take
-_COLUMNS = 1 << 13  # weights at a time, so that their float64 copies stay in the cache
-_COLUMNS_OF_DEVICE = 1 << 22  # and so that they do not fill a device
 _BLOCKS_AHEAD = 64  # blocks whose gains are sent to a device at once
-_FORMAT = "polyak_rl.bank/2"
-_BETWEEN_REPLAYS = (
-    "Call it between replays; soft_update() and a TargetNetwork of every=1 can be captured"
-)
 
 
 class _Kept(NamedTuple):
@@ -48,20 +27,19 @@ class _Kept(NamedTuple):
     taken: int  # updates that are in
 
 
-class _Ahead(NamedTuple):
-    """Gains of the blocks to come."""
+class _Gains(NamedTuple):
+    """What iterates weigh, block by block."""
 
-    first: int  # updates before the first of them
-    gains: Tensor  # [blocks, rules, iterates + 1]
+    first: int  # updates before the first block
+    table: Tensor  # [blocks, rules, iterates + 1]; last what is left of the average
     forgotten: list[list[int]]  # the averages that a block replaces
 
-    def has(self, taken: int, waiting: int) -> bool:
-        blocks, _, width = self.gains.shape
-        block, rest = divmod(taken - self.first, waiting)
-        return width == waiting + 1 and not rest and 0 <= block < blocks
+    def has(self, taken: int, count: int) -> bool:
+        block, rest = divmod(taken - self.first, count)
+        return self.table.shape[2] == count + 1 and not rest and 0 <= block < len(self.table)
 
 
-class AverageBank(Averages[str]):
+class AverageBank(Keeper[str]):
     """Averages of a network by several rules, for the price of one copy of the weights a step.
 
     .. math:: \\bar x_r \\leftarrow \\bar x_r + w_r(n, k)\\,(x - \\bar x_r)
@@ -108,9 +86,11 @@ class AverageBank(Averages[str]):
         6.0
     """
 
-    _rows: Tensor  # [B, size]: iterate k lies in row (k - 1) % B
+    _kind = "bank"
+    _format = "polyak_rl.bank/3"
     _kept: _Kept
-    _rings: dict[str, Tensor]  # [snapshots + 1, size]: the next one has a row of its own
+    _ahead: _Gains | None
+    _rings: dict[str, Tensor]  # [snapshots, size]: of those that are taken in
 
     def __init__(
         self,
@@ -132,17 +112,15 @@ class AverageBank(Averages[str]):
                     f"{name!r} is a {type(rule).__name__}, which needs the whole run: "
                     "record a Timeline instead"
                 )
-        require_int(every, 1, "every")
         self.rules = dict(rules)
-        self.every = every
-        self.clock = self.skipped = 0
-        self._vector = WeightVector(module, buffers)
-        self._guarded = check_guard(guard, module.parameters())
+        self._iterates = Iterates(module, every, buffers, guard)
+        self._vector = self._iterates.vector
         if compensated is None:
             compensated = self._vector.device.type == "mps"
         self._compensated = compensated
+        self._exact = torch.float32 if compensated else torch.float64
         self._moving = [name for name, rule in rules.items() if not isinstance(rule, Window)]
-        self._windows = {n: r for n, r in rules.items() if isinstance(r, Window)}
+        self._windows = {n: rule for n, rule in rules.items() if isinstance(rule, Window)}
         self._allocate()
 
     @torch.no_grad()
@@ -156,38 +134,7 @@ class AverageBank(Averages[str]):
                 CUDA graph is captured.
             ValueError: the network has other names or shapes than before.
         """
-        if self._prepare(self.clock + 1) is None:
-            self.skipped += 1
-        else:
-            self.clock += 1  # from here on the iterate is in
-
-    def _prepare(self, clock: int) -> list[Call] | None:
-        """Put all that belongs to a clock where it is seen only once the clock has come there.
-
-        Returns:
-            As of a timeline: no calls are left; None where the guard leaves the iterate out.
-        """
-        refuse_capture("AverageBank.update()", _BETWEEN_REPLAYS)
-        vector = self._vector
-        vector.require_online("AverageBank.update()")
-        k, rest = divmod(clock, self.every)
-        if rest:
-            return []
-        vector.follow()
-        if self._device is not vector.device:
-            self._move()
-        at = (k - 1) % len(self._rows)
-        if at == 0:
-            self._take_in()  # before the first row of the block is written anew
-        row, views = self._cells[at]
-        vector.read(row, views)
-        if self._guarded and not all_finite([row]):
-            return None
-        for name, window in self._windows.items():
-            if window.fires(k, self.every):
-                ring = self._rings[name]
-                ring[(self._fired(window, k) - 1) % len(ring)].copy_(row)
-        return []
+        self._iterates.record("AverageBank.update()", self)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -197,199 +144,147 @@ class AverageBank(Averages[str]):
             raise ValueError(
                 f"there is no average {name!r}; the averages are {', '.join(self.rules)}"
             )
-        k = self.clock // self.every
+        k = self.updates
         if not k:
             return self._vector.now()
+        self._iterates.take_in([self])
         if name in self._windows:
-            taken = self._snapshots(name)
-            return (taken if len(taken) else self._last()[None]).to(self._exact).mean(dim=0)
-        self._take_in()
-        return self._kept.now[:, self._moving.index(name)].sum(0)
+            snapshots = self._snapshots(name) or [self._iterates.since(k - 1)[0]]
+            return torch.stack(snapshots).to(self._exact).mean(dim=0)
+        now, _, taken = self._kept
+        i = self._moving.index(name)
+        before = now[:, i : i + 1]
+        if taken == k:
+            return before.sum((0, 1))
+        average = before.new_empty(before.shape)
+        _, gains, forgotten = self._gains([name], taken, k - taken)
+        for part, rows in self._iterates.exact(taken, k, self._exact):
+            self._mix(before[..., part], rows, gains[0], forgotten[0], average[..., part])
+        return average.sum((0, 1))
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """Rules, clock, averages and the iterates that wait, as tensors and plain values."""
+    def _settled(self) -> int:
+        device = self._iterates.rows.device
+        if self._kept.now.device != device:
+            now, spare, taken = self._kept
+            self._rings = {name: ring.to(device) for name, ring in self._rings.items()}
+            self._ahead = None
+            self._kept = _Kept(now.to(device), spare.to(device), taken)
+        return self._kept.taken
+
+    def _move(self, part: slice, rows: Tensor) -> None:
+        now, spare, taken = self._kept
+        if self._ahead is None or not self._ahead.has(taken, len(rows)):
+            # Many at once, so that few are sent to a device.
+            blocks = _BLOCKS_AHEAD if len(rows) == len(self._iterates.rows) else 1
+            self._ahead = self._gains(self._moving, taken, len(rows), blocks)
+        first, gains, forgotten = self._ahead
+        i = (taken - first) // len(rows)
+        self._mix(now[..., part], rows, gains[i], forgotten[i], spare[..., part])
+
+    def _take(self, updates: int) -> None:
+        now, spare, taken = self._kept
+        for name, window in self._windows.items():
+            for i in range(self._fired(window, taken), self._fired(window, updates)):
+                self._rings[name][i % window.size] = self._snapshot(name, i)
+        self._kept = _Kept(spare, now, updates)
+
+    def _since(self) -> int:
+        return min(self._kept.taken, max(0, self.updates - 1))  # a window may need the last one
+
+    def _state(self) -> dict[str, Any]:
+        self._iterates.take_in([self])
         return {
-            "format": _FORMAT,
             "rules": {name: describe_rule(rule) for name, rule in self.rules.items()},
             "every": self.every,
             "compensated": self._compensated,
-            "clock": self.clock,
-            "skipped": self.skipped,
-            "layout": self._vector.describe(),
+            "taken": self._kept.taken,
             "averages": self._kept.now.clone(),
-            "waiting": self._waiting().clone(),
-            "last": self._last().clone(),
-            "rings": {name: self._snapshots(name).clone() for name in self._windows},
+            "rings": {
+                name: torch.cat([ring[:0], *(row[None] for row in self._snapshots(name))])
+                for name, ring in self._rings.items()
+            },
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: it is no such state, or one of other rules, cadence, precision, names or
-                shapes; nothing has changed.
-        """
-        vars(self).update(self._loaded(state))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _loaded(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The attributes of this bank with a state that was found to be right."""
-        with damage_is_a_value_error("bank"):
-            if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
-                raise ValueError(f"this is not a bank of format {_FORMAT!r}")
-            ours = {name: describe_rule(rule) for name, rule in self.rules.items()}
-            for what, mine in (
-                ("rules", ours),
-                ("every", self.every),
-                ("compensated", self._compensated),
-            ):
-                if state[what] != mine:
-                    raise ValueError(
-                        f"the saved bank differs in {what}: {state[what]} there, {mine} here"
-                    )
-            clock, skipped = check_clock(state, "clock"), check_clock(state, "skipped")
-            k, layout = clock // self.every, state["layout"]
-            shapes: dict[str, list[int]] = {
-                "averages": [*self._kept.now.shape[:2]],
-                "waiting": [min(len(state["waiting"]), k)],
-                "last": [],
-            }
-            loaded = {
-                key: self._vector.from_layout(layout, check_vectors(state, key, shape))
-                for key, shape in shapes.items()
-            }
-            if state["rings"].keys() != self._windows.keys():
-                raise ValueError(f"the saved rings must be those of {[*self._windows]}")
-            rings = {}
-            for name, window in self._windows.items():
-                shape = [min(self._fired(window, k), window.size)]
-                ring = check_vectors(state["rings"], name, shape)
-                rings[name] = self._vector.from_layout(layout, ring)
-
-        new = twin(self)
-        new._allocate()
-        new._kept.now.copy_(loaded["averages"])
-        new._kept = new._kept._replace(taken=k - len(loaded["waiting"]))
-        new.clock, new.skipped = new._kept.taken * self.every, skipped
-        for j, row in enumerate(loaded["waiting"], new._kept.taken + 1):
-            at = (j - 1) % len(new._rows)
-            if at == 0:
-                new._take_in()
-            new._rows[at].copy_(row)
-            new.clock = j * self.every
-        new._rows[(k - 1) % len(new._rows)].copy_(loaded["last"])
+    def _restore(self, state: Mapping[str, Any], layout: Any, updates: int) -> int:
+        for what, ours in (
+            ("rules", {name: describe_rule(rule) for name, rule in self.rules.items()}),
+            ("every", self.every),
+            ("compensated", self._compensated),
+        ):
+            if state[what] != ours:
+                raise ValueError(
+                    f"the saved bank differs in {what}: {state[what]} there, {ours} here"
+                )
+        taken = check_clock(state, "taken")
+        if state["rings"].keys() != self._windows.keys():
+            raise ValueError(f"the saved rings must be those of {[*self._windows]}")
+        averages = check_vectors(state, "averages", [*self._kept.now.shape[:2]])
+        self._allocate()
+        self._kept.now.copy_(self._vector.from_layout(layout, averages))
+        self._kept = self._kept._replace(taken=taken)
         for name, window in self._windows.items():
-            fired = self._fired(window, k)
-            for i, row in enumerate(rings[name], fired - len(rings[name])):
-                new._rings[name][i % len(new._rings[name])].copy_(row)
-        new.clock = clock
-        return vars(new)
+            fired = self._fired(window, updates)
+            held = min(fired, window.size)
+            ring = self._vector.from_layout(layout, check_vectors(state["rings"], name, [held]))
+            for i, row in enumerate(ring, fired - held):
+                self._rings[name][i % window.size] = row
+        return taken
 
     def __getstate__(self) -> dict[str, Any]:
-        # Views of the rows, which a pickle would part from them, are made anew.
-        return {key: x for key, x in vars(self).items() if key not in ("_cells", "_ahead")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._look()
+        return vars(self) | {"_ahead": None}
 
     @torch.inference_mode(False)
     def _allocate(self) -> None:
-        vector, device = self._vector, self._vector.device
-        self._exact = torch.float32 if self._compensated else torch.float64
-        row_bytes = max(1, vector.size * vector.dtype.itemsize)  # some processes have no shards
-        least = 2 if device.type == "cpu" else _LAUNCHES
-        rows = max(least, min(_BLOCK, _BLOCK_BYTES // row_bytes))
-        kind: Any = {"dtype": vector.dtype, "device": device}
-        self._rows = torch.zeros(rows, vector.size, **kind)
-        parts = 2 if self._compensated else 1
-        kept = torch.zeros(parts, len(self._moving), vector.size, dtype=self._exact, device=device)
-        self._kept = _Kept(kept, torch.zeros_like(kept), 0)
+        vector, device = self._vector, self._iterates.rows.device
+        shape = 1 + self._compensated, len(self._moving), vector.size
+        now, spare = (torch.zeros(shape, dtype=self._exact, device=device) for _ in range(2))
+        self._kept = _Kept(now, spare, 0)
         self._rings = {
-            name: torch.zeros(window.size + 1, vector.size, **kind)
+            name: torch.zeros(window.size, vector.size, dtype=vector.dtype, device=device)
             for name, window in self._windows.items()
         }
-        self._device = device
-        self._look()
+        self._ahead = None
 
-    def _look(self) -> None:
-        self._cells = [(row, self._vector.views(row)) for row in self._rows]
-        self._ahead: _Ahead | None = None
-
-    @torch.inference_mode(False)
-    def _move(self) -> None:
-        """Go to where the network went."""
-        device = self._vector.device
-        if self._rows.device != device:
-            self._rows = self._rows.to(device)
-        if self._kept.now.device != device:
-            now, spare, taken = self._kept
-            self._kept = _Kept(now.to(device), spare.to(device), taken)
-        self._rings = {name: ring.to(device) for name, ring in self._rings.items()}
-        self._look()
-        self._device = device  # last, so that what an interrupt left undone is done again
-
-    def _take_in(self) -> None:
-        """Move every average by the iterates that wait."""
-        now, spare, taken = self._kept
-        rows = self._waiting()
-        if not len(rows):
+    def _mix(
+        self, before: Tensor, rows: Tensor, gains: Tensor, forgotten: list[int], after: Tensor
+    ) -> None:
+        """Move averages ``[parts, rules, columns]`` by iterates ``[n, columns]``."""
+        weights, keep = gains[:, :-1], gains[:, -1:]
+        if not self._compensated:
+            averages = torch.mul(before[0], keep, out=after[0])
+            for i in forgotten:  # 0 * NaN is NaN: what is replaced must not remember
+                averages[i].zero_()
+            averages.addmm_(weights, rows)
             return
-        table, forgotten = self._gains_of(taken, len(rows))
-        weights, keep = table[:, :-1], table[:, -1:]
-        if self._compensated:
-            self._take_in_compensated(rows, weights)
-        else:
-            columns = _COLUMNS if rows.device.type == "cpu" else _COLUMNS_OF_DEVICE
-            for start in range(0, rows.shape[1], columns):
-                part = slice(start, start + columns)
-                averages = torch.mul(now[0, :, part], keep, out=spare[0, :, part])
-                for i in forgotten:  # 0 * NaN is NaN: what is replaced must not remember
-                    averages[i].zero_()
-                averages.addmm_(weights, rows[:, part].to(self._exact))
-        self._kept = _Kept(spare, now, taken + len(rows))
-
-    def _take_in_compensated(self, rows: Tensor, weights: Tensor) -> None:
-        """The same in pairs of float32: ``average + error`` is the value (Knuth's two-sum)."""
-        now, spare, taken = self._kept
-        for i, weight in enumerate(weights):
-            # At first from the first iterate, so that what is added is small.
-            average, error = now[:, i] if taken else (rows[0], torch.zeros_like(rows[0]))
-            moves = (rows.to(self._exact) - average) - error
+        for i, weight in enumerate(weights):  # in pairs of float32 (Knuth's two-sum)
+            # From the first iterate where the average is replaced, so that what is added is small.
+            average, error = (
+                (rows[0], torch.zeros_like(rows[0])) if i in forgotten else before[:, i]
+            )
+            moves = (rows - average) - error
             # No matrix product, whose precision is the caller's to lower (autocast, TF32).
             step = error + (weight.unsqueeze(1) * moves).sum(0)
             total = average + step
             part = total - average
-            spare[0, i].copy_(total)
-            spare[1, i].copy_((average - (total - part)) + (step - part))
+            after[0, i].copy_(total)
+            after[1, i].copy_((average - (total - part)) + (step - part))
 
-    def _gains_of(self, taken: int, waiting: int) -> tuple[Tensor, list[int]]:
-        """What iterates weigh that come after others, [rules, waiting + 1], and who forgets.
+    def _gains(self, names: Sequence[str], taken: int, count: int, blocks: int = 1) -> _Gains:
+        """Those of blocks of so many iterates that come after others."""
+        rows = [
+            [self._gains_of(self.rules[name], taken + i * count, count) for name in names]
+            for i in range(blocks)
+        ]
+        device, shape = self._iterates.rows.device, (blocks, len(names), count + 1)
+        made = torch.tensor(rows, dtype=self._exact, device="cpu", pin_memory=device.type == "cuda")
+        table = made.view(shape).to(device, non_blocking=True)  # from pinned memory nobody waits
+        forgotten = [[i for i, row in enumerate(block) if row[-1] == 0] for block in rows]
+        return _Gains(taken, table, forgotten)
 
-        Of whole blocks many are prepared at once, for a device to wait for none of them.
-        """
-        ahead = self._ahead
-        if ahead is None or not ahead.has(taken, waiting):
-            blocks = _BLOCKS_AHEAD if waiting == len(self._rows) else 1
-            gains = [
-                [self._gains(self.rules[n], taken + i * waiting, waiting) for n in self._moving]
-                for i in range(blocks)
-            ]
-            table = torch.tensor(gains, dtype=self._exact, device=self._device)
-            forgotten = [[i for i, row in enumerate(block) if row[-1] == 0] for block in gains]
-            self._ahead = ahead = _Ahead(
-                taken, table.view(blocks, len(self._moving), -1), forgotten
-            )
-        i = (taken - ahead.first) // waiting
-        return ahead.gains[i], ahead.forgotten[i]
-
-    def _gains(self, rule: Rule, taken: int, waiting: int) -> list[float]:
-        """What each waiting iterate weighs after all are in; last, what is left of the average."""
-        weights, left = [0.0] * waiting, 1.0
-        for i in reversed(range(waiting)):
+    def _gains_of(self, rule: Rule, taken: int, count: int) -> list[float]:
+        """What each iterate weighs after all are in; last, what is left of the average."""
+        weights, left = [0.0] * count, 1.0
+        for i in reversed(range(count)):
             gain = rule.gain(taken + 1 + i, self.every)
             weights[i] = left * gain
             left *= 1.0 - gain
@@ -401,20 +296,19 @@ class AverageBank(Averages[str]):
             return k * self.every // window.every
         return k
 
-    def _snapshots(self, name: str) -> Tensor:
+    def _snapshot(self, name: str, i: int) -> Tensor:
+        """Snapshot i, from 0: where it is kept, or among the iterates that wait."""
+        window = self._windows[name]
+        k = -(-(i + 1) * window.every // self.every) if window.every >= self.every else i + 1
+        if k <= self._kept.taken:
+            return self._rings[name][i % window.size]
+        return self._iterates.since(k - 1, k)[0]
+
+    def _snapshots(self, name: str) -> list[Tensor]:
         """The snapshots of a window, oldest first."""
-        ring, window = self._rings[name], self._windows[name]
-        fired = self._fired(window, self.clock // self.every)
-        held = range(fired - min(fired, window.size), fired)
-        return ring[[i % len(ring) for i in held]]
-
-    def _waiting(self) -> Tensor:
-        """The iterates that are not in the averages yet, which lie side by side."""
-        first = self._kept.taken % len(self._rows)
-        return self._rows[first : first + self.clock // self.every - self._kept.taken]
-
-    def _last(self) -> Tensor:
-        return self._rows[(self.clock // self.every - 1) % len(self._rows)]
+        window = self._windows[name]
+        fired = self._fired(window, self.updates)
+        return [self._snapshot(name, i) for i in range(max(0, fired - window.size), fired)]
 
 
 @torch.no_grad()

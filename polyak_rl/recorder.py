@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from polyak_rl.average import AverageBank
 from polyak_rl.buffers import Buffers
 from polyak_rl.files import write_whole
-from polyak_rl.guard import Call, Guard, at_once, damage_is_a_value_error
+from polyak_rl.guard import Guard, damage_is_a_value_error
+from polyak_rl.iterates import Keeper, load_all
 from polyak_rl.rules import Rule, Stretch, describe_rule, rule_from
 from polyak_rl.timeline import Timeline, read_state
 from polyak_rl.vector import Averages
 
-_FORMAT = "polyak_rl.averages/1"
+_FORMAT = "polyak_rl.averages/2"
 _SEGMENTS = 256  # enough to put any tail's start within 0.2 % of the run
 _STEP = 20  # with a multiple of it every tail of a multiple of 5 % is exact
 
@@ -92,9 +92,10 @@ class PolicyAverages(Averages["str | Rule"]):
         moving = {name: rule for name, rule in rules.items() if name not in stretches}
         self.bank: AverageBank | None = None
         self.timeline: Timeline | None = None
+        self._keepers: list[Keeper[Any]] = []
         if moving:
             self.bank = AverageBank(network, moving, every=every, buffers=buffers, guard=guard)
-            self._vector = self.bank._vector
+            self._keepers.append(self.bank)
         if timeline:
             if capacity is None:
                 updates = _SEGMENTS if expected is None else expected // every
@@ -109,7 +110,10 @@ class PolicyAverages(Averages["str | Rule"]):
                 max_bytes=max_bytes,
                 guard=guard,
             )
-            self._vector = self.timeline._vector
+            if self.bank:
+                self.timeline.share(self.bank)
+            self._keepers.append(self.timeline)
+        self._vector = self._keepers[0]._vector
 
     @property
     def network(self) -> nn.Module:
@@ -119,12 +123,12 @@ class PolicyAverages(Averages["str | Rule"]):
     @property
     def clock(self) -> int:
         """How often :meth:`record` was called, without the calls that the guard left out."""
-        return self._keepers()[0].clock
+        return self._keepers[0].clock
 
     @property
     def skipped(self) -> int:
         """The calls that the guard left out."""
-        return self._keepers()[0].skipped
+        return self._keepers[0].skipped
 
     @torch.no_grad()
     def record(self, *_: object) -> None:
@@ -138,18 +142,33 @@ class PolicyAverages(Averages["str | Rule"]):
                 CUDA graph is captured.
             ValueError: the network has other names or shapes than before.
         """
-        first, last = self._keepers()[0], self._keepers()[-1]
-        clock = first.clock + 1
-        calls: list[Call] = []
-        for keeper in self._keepers():
-            prepared = keeper._prepare(clock)
-            if prepared is None:
-                # One line of stores: no call and no jump lies between, where an interrupt could be.
-                first.skipped = last.skipped = first.skipped + 1
-                return
-            calls += prepared
-        calls += [partial(setattr, keeper, "clock", clock) for keeper in self._keepers()]
-        at_once(calls)
+        self._keepers[0]._iterates.record("PolicyAverages.record()", *self._keepers)
+
+    def expect(self) -> None:
+        """Make ready for a gradient step that has :meth:`write` in it.
+
+        Raises:
+            RuntimeError: inside :meth:`applied`, or while a CUDA graph is captured.
+        """
+        self._keepers[0]._iterates.expect("PolicyAverages.expect()", *self._keepers)
+
+    def write(self) -> None:
+        """Copy the weights to where :meth:`record` would, as a part of the gradient step.
+
+        It is tensor operations alone, so a step that ends with it can be captured in a CUDA graph
+        or compiled, averages included. On the host :meth:`expect` comes before each step and
+        :meth:`count` after it; some six kernels more are launched every 32 steps, when averages
+        take in what was written. For a network in flat memory (:func:`polyak_rl.flatten_`) and
+        averages without a guard.
+
+        Raises:
+            RuntimeError: the network is not flat, or there is a guard.
+        """
+        self._keepers[0]._iterates.write()
+
+    def count(self) -> None:
+        """Count a gradient step that has written."""
+        self._keepers[0]._iterates.count()
 
     def ready(self, which: str | Rule) -> bool:
         """True where an average can be given now; False while the timeline is too coarse for it.
@@ -213,10 +232,9 @@ class PolicyAverages(Averages["str | Rule"]):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything kept and how it was asked for, as tensors and plain values."""
-        return self._about() | {
-            "bank": self.bank.state_dict() if self.bank else None,
-            "timeline": self.timeline.state_dict() if self.timeline else None,
-        }
+        parts = {keeper._kind: keeper._state() for keeper in self._keepers}
+        since = min(keeper._since() for keeper in self._keepers)
+        return self._about() | self._keepers[0]._iterates.state_dict(since) | parts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -230,15 +248,7 @@ class PolicyAverages(Averages["str | Rule"]):
                     raise ValueError(
                         f"the saved averages differ in {what}: {state[what]} there, {ours} here"
                     )
-            parts = [state[what] for what in ("bank", "timeline") if state[what] is not None]
-            keepers = self._keepers()
-            loaded = [k._loaded(part) for k, part in zip(keepers, parts, strict=True)]
-            if len({(part["clock"], part["skipped"]) for part in parts}) > 1:
-                raise ValueError(
-                    "the saved averages are damaged: bank and timeline differ in clock"
-                )
-        # One call of C: an interrupt is served before or after all of it, never in between.
-        [*map(dict.update, map(vars, keepers), loaded)]
+            load_all(self._keepers, state, [state[keeper._kind] for keeper in self._keepers])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the averages to a file of tensors and plain values: all of it or nothing."""
@@ -279,9 +289,6 @@ class PolicyAverages(Averages["str | Rule"]):
                 "every": self.every,
             },
         }
-
-    def _keepers(self) -> list[AverageBank | Timeline]:
-        return [keeper for keeper in (self.bank, self.timeline) if keeper is not None]
 
     def _keeper(self, which: str | Rule) -> AverageBank | Timeline | None:
         """What gives an average; None: the network as it is."""

@@ -6,7 +6,6 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,25 +13,11 @@ from torch import Tensor, nn
 
 from polyak_rl.buffers import Buffers
 from polyak_rl.files import verify_archive, write_whole
-from polyak_rl.guard import (
-    Call,
-    Guard,
-    all_finite,
-    at_once,
-    check_guard,
-    damage_is_a_value_error,
-    refuse_capture,
-)
+from polyak_rl.guard import Guard, damage_is_a_value_error
+from polyak_rl.iterates import Iterates, Keeper
 from polyak_rl.rules import Ema, Rule, require_int
-from polyak_rl.vector import (
-    Averages,
-    WeightVector,
-    check_clock,
-    check_vectors,
-    twin,
-)
+from polyak_rl.vector import check_clock, check_vectors
 
-_FORMAT = "polyak_rl.timeline/1"
 _TENTHS = 20  # expected runs are cut so that every tail of a multiple of 5 % has a border
 
 
@@ -44,18 +29,25 @@ class Segment(NamedTuple):
     weight: float
 
 
-class _Closed(NamedTuple):
-    """The closed segments; replaced as one, so that an interrupt finds the old or the new.
+class _Course(NamedTuple):
+    """What is kept; replaced as one, so that an interrupt finds the old or the new.
 
-    Their means lie in a ring of rows from ``start`` on, without a gap but while they are joined.
+    The means of closed segments lie in a ring of rows from ``start`` on, without a gap but while
+    they are joined.
     """
 
-    ends: list[int]  # the last iterate of each
-    last: int  # that of the newest
+    ends: list[int]  # the last iterate of each closed segment
     length: int  # of those to come, where nothing is expected
-    border: int  # the last iterate of the open one
-    start: int
-    joined: int  # how many are joined already, where the others are not yet
+    taken: int  # iterates that are in
+    total: Tensor  # their sum in the open segment, which is anything where it has none of them
+    spare: Tensor  # where the next sum is made
+    start: int = 0
+    joined: int = 0  # how many are joined already, where the others are not yet
+
+    @property
+    def last(self) -> int:
+        """The last iterate that is in a closed segment."""
+        return self.ends[-1] if self.ends else 0
 
     def runs(self, size: int) -> list[range]:
         """The rows of the means in their order, as far as they follow one another."""
@@ -68,7 +60,7 @@ class _Closed(NamedTuple):
         return [range(places[a], places[b - 1] + 1) for a, b in cuts if a < b]
 
 
-class Timeline(Averages[Rule]):
+class Timeline(Keeper[Rule]):
     """The whole course of a network's weights in at most ``capacity`` segments.
 
     Each segment holds the float64 mean of the weights recorded in it and their number. When all are
@@ -109,6 +101,11 @@ class Timeline(Averages[Rule]):
         7.0
     """
 
+    _kind = "timeline"
+    _format = "polyak_rl.timeline/2"
+    _course: _Course
+    _means: Tensor  # [capacity + 1, size]
+
     def __init__(
         self,
         module: nn.Module,
@@ -127,11 +124,10 @@ class Timeline(Averages[Rule]):
             raise ValueError(f"capacity must be even, so that neighbours can merge, got {capacity}")
         if expected is not None and expected < every:
             raise ValueError(f"expected must be at least every = {every} steps, got {expected}")
-        self._vector = WeightVector(module, buffers)
-        self.capacity, self.every, self.expected = capacity, every, expected
+        self._iterates = Iterates(module, every, buffers, guard)
+        self._vector = self._iterates.vector
+        self.capacity, self.expected = capacity, expected
         self.max_weight_error = max_weight_error
-        self.clock = self.skipped = 0
-        self._guarded = check_guard(guard, module.parameters())
         self.nbytes = 8 * capacity * self._vector.size
         if self.nbytes > max_bytes:
             raise ValueError(
@@ -146,8 +142,7 @@ class Timeline(Averages[Rule]):
             length = -(-updates // cuts)
         else:
             self._planned, length = [], 1
-        self._closed = self._close_at([], length)
-        self._allocate()
+        self._allocate(length)
 
     @torch.no_grad()
     def record(self) -> None:
@@ -160,40 +155,7 @@ class Timeline(Averages[Rule]):
                 graph is captured.
             ValueError: the network has other names or shapes than before.
         """
-        last = self._prepare(self.clock + 1)
-        if last is None:
-            self.skipped += 1
-        else:
-            at_once([*last, partial(setattr, self, "clock", self.clock + 1)])
-
-    def _prepare(self, clock: int) -> list[Call] | None:
-        """Make ready for a clock what is seen only once the clock has come there.
-
-        Returns:
-            The calls that are left to make at once with the clock's; None where the guard leaves
-            the iterate out.
-        """
-        refuse_capture("Timeline.record()", "Call it between replays")
-        vector = self._vector
-        vector.require_online("Timeline.record()")
-        k, rest = divmod(clock, self.every)
-        if rest:
-            return []
-        vector.follow()
-        if self._device is not vector.device:
-            self._move()
-        closed = self._settle()
-        begins = k - 1 == closed.last  # a segment: what the sum holds is of the one before
-        now = self._sum if begins else self._now
-        vector.read(now, self._views[0 if begins else 1])
-        if self._guarded and not all_finite([now]):
-            return None
-        return [] if begins else [partial(self._sum.add_, now)]
-
-    @property
-    def updates(self) -> int:
-        """The number of iterates recorded."""
-        return self.clock // self.every
+        self._iterates.record("Timeline.record()", self)
 
     def weights(self, rule: Rule) -> list[Segment]:
         """What each segment weighs in the average by ``rule``, oldest first; the sum is 1."""
@@ -226,15 +188,16 @@ class Timeline(Averages[Rule]):
                 f"{self.finest_half_life():.0f} gradient steps, its shortest tail "
                 f"{self._shortest() * self.every} of {self.updates * self.every}"
             )
-        weights, closed = [segment.weight for segment in self.weights(which)], self._settle()
+        weights, course = [segment.weight for segment in self.weights(which)], self._course
         average, at = torch.zeros_like(self._means[0]), 0
-        for rows in closed.runs(len(self._means)):
+        for rows in course.runs(len(self._means)):
             part = self._means.new_tensor(weights[at : at + len(rows)])
             means = self._means[rows.start : rows.stop]
             average = part @ means if not at else average + part @ means
             at += len(rows)
         if at < len(weights):
-            average += self._sum * (weights[at] / (self.updates - closed.last))
+            total = self._sum_to(self.updates, torch.empty_like(average))
+            average += total * (weights[at] / (self.updates - course.last))
         return average
 
     def finest_half_life(self) -> float:
@@ -246,79 +209,10 @@ class Timeline(Averages[Rule]):
                 return math.inf  # the first iterate stands for all before it: nothing fits
         return half_life
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def state_dict(self, *, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
         """Everything recorded, as tensors and plain values; the segments in ``dtype``."""
-        closed, total = self._settle(), self._sum
-        return {
-            "format": _FORMAT,
-            "layout": self._vector.describe(),
-            "capacity": self.capacity,
-            "expected": self.expected,
-            "every": self.every,
-            "clock": self.clock,
-            "skipped": self.skipped,
-            "length": closed.length,
-            "ends": [*closed.ends],
-            "start": closed.start,  # so that what is loaded sums in the same order, to the bit
-            "means": self._means[self._rows()].to(dtype, copy=True),
-            "sum": total.clone() if self.updates > closed.last else torch.zeros_like(total),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: it is no such state, or one of another format, capacity, cadence, names or
-                shapes; nothing has changed.
-        """
-        vars(self).update(self._loaded(state))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _loaded(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The attributes of this timeline with a state that was found to be right."""
-        with damage_is_a_value_error("timeline"):
-            if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
-                raise ValueError(f"this is not a timeline of format {_FORMAT!r}")
-            for what in ("capacity", "expected", "every"):
-                if state[what] != getattr(self, what):
-                    raise ValueError(
-                        f"the saved timeline has {what} = {state[what]}, this one "
-                        f"{getattr(self, what)}"
-                    )
-            clock, length = check_clock(state, "clock"), check_clock(state, "length", 1)
-            skipped, start = (check_clock({key: 0, **state}, key) for key in ("skipped", "start"))
-            ends, first = list(state["ends"]), 1
-            for i in range(len(ends)):
-                first = check_clock({"end of a segment": ends[i]}, "end of a segment", first) + 1
-            if max(len(ends), start) > self.capacity or first - 1 > clock // self.every:
-                raise ValueError(
-                    "the saved timeline is damaged: its segments do not fit its clock or capacity"
-                )
-            means, total = (
-                self._vector.from_layout(state["layout"], check_vectors(state, key, shape))
-                for key, shape in (("means", [len(ends)]), ("sum", []))
-            )
-
-        new = twin(self)
-        new._allocate()
-        new._closed = self._close_at(ends, length, start)
-        for row, mean in zip(new._rows(), means, strict=True):
-            new._means[row] = mean
-        new._sum.copy_(total)
-        new.clock, new.skipped = clock, skipped
-        return vars(new)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Views of the sums, which a pickle would part from them, are made anew.
-        views = ("_sum", "_now", "_views")
-        return {key: x for key, x in vars(self).items() if key not in views}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._look()
+        state = super().state_dict()
+        return state | {"means": state["means"].to(dtype)}
 
     def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float64) -> None:
         """Write the timeline to a file of tensors and plain values.
@@ -345,7 +239,7 @@ class Timeline(Averages[Rule]):
         Raises:
             ValueError: the file is no timeline, is damaged, or is of another network.
         """
-        state = read_state(path, _FORMAT, "a timeline")
+        state = read_state(path, cls._format, "a timeline")
         with damage_is_a_value_error("timeline"):
             shape = {name: state[name] for name in ("capacity", "expected", "every")}
             timeline = cls(like, **shape, **options)
@@ -368,44 +262,118 @@ class Timeline(Averages[Rule]):
             max_weight_error=self.max_weight_error,
             max_bytes=self.nbytes,
         )
-        closed = self._settle()
-        one._closed = one._close_at([*closed.ends], closed.length)
-        one.clock = self.clock
-        pairs = [(self._sum, one._sum)]
+        self._settled()
+        total = self._sum_to(self.updates, torch.empty_like(self._course.total))
+        one._iterates.clock = self.clock
+        one._course = one._course._replace(
+            ends=self._course.ends, length=self._course.length, taken=self.updates
+        )
+        pairs = [(total, one._course.total)]
         pairs += [(self._means[row], one._means[i]) for i, row in enumerate(self._rows())]
         for ours, theirs in pairs:
             for mine, view in zip(self._vector.views(ours), one._vector.views(theirs), strict=True):
                 view.copy_(mine[index : index + 1])
         return one
 
+    def _settled(self) -> int:
+        """Bring the segments to where the clock has them: neighbours joined where one came on top
+        of all, and closed at each border. Each look begins here, whatever was interrupted.
+        """
+        device, k = self._iterates.rows.device, self.updates
+        if self._means.device != device:
+            total, spare = (x.to(device) for x in (self._course.total, self._course.spare))
+            self._course = self._course._replace(total=total, spare=spare)
+            self._means = self._means.to(device)  # last, so that an interrupted move is made again
+        while True:
+            course = self._course
+            if course.joined or (len(course.ends) == self.capacity and k > course.last):
+                self._merge()  # before anything is closed, since it moves the border
+            elif k >= (border := self._border()):
+                self._close(border)
+            else:
+                return course.taken
+
+    def _move(self, part: slice, rows: Tensor) -> None:
+        self._add(part, rows, self._course.spare)
+
+    def _take(self, updates: int) -> None:
+        course = self._course
+        self._course = course._replace(total=course.spare, spare=course.total, taken=updates)
+
+    def _since(self) -> int:
+        return self._course.taken
+
+    def _state(self) -> dict[str, Any]:
+        self._iterates.take_in([self])
+        self._settled()
+        course = self._course
+        begun = course.taken > course.last
+        return {
+            "capacity": self.capacity,
+            "expected": self.expected,
+            "every": self.every,
+            "length": course.length,
+            "ends": [*course.ends],
+            "start": course.start,  # so that what is loaded sums in the same order, to the bit
+            "taken": course.taken,
+            "means": self._means[self._rows()],
+            "sum": course.total.clone() if begun else torch.zeros_like(course.total),
+        }
+
+    def _restore(self, state: Mapping[str, Any], layout: Any, updates: int) -> int:
+        for what in ("capacity", "expected", "every"):
+            if state[what] != getattr(self, what):
+                raise ValueError(
+                    f"the saved timeline has {what} = {state[what]}, this one {getattr(self, what)}"
+                )
+        length, start = check_clock(state, "length", 1), check_clock(state, "start")
+        ends, first = list(state["ends"]), 1
+        for i in range(len(ends)):
+            first = check_clock({"end of a segment": ends[i]}, "end of a segment", first) + 1
+        taken = check_clock(state, "taken", first - 1)
+        means, total = (
+            self._vector.from_layout(layout, check_vectors(state, key, shape))
+            for key, shape in (("means", [len(ends)]), ("sum", []))
+        )
+        self._allocate(length)
+        self._course = self._course._replace(ends=ends, taken=taken, start=start)
+        if max(len(ends), start) > self.capacity or taken >= self._border():
+            raise ValueError(
+                "the saved timeline is damaged: its segments do not fit its clock or capacity"
+            )
+        for row, mean in zip(self._rows(), means, strict=True):
+            self._means[row] = mean
+        self._course.total.copy_(total)
+        return taken
+
     def _rows(self) -> list[int]:
         """Where the mean of each closed segment lies."""
-        return [row for run in self._closed.runs(len(self._means)) for row in run]
+        return [row for run in self._course.runs(len(self._means)) for row in run]
 
-    def _close_at(self, ends: list[int], length: int, start: int = 0, joined: int = 0) -> _Closed:
-        """Closed segments, and the border of the next one: a planned one, or the length on."""
-        last = ends[-1] if ends else 0
+    def _border(self) -> int:
+        """The last iterate of the open segment: a planned one, or a length on."""
+        last = self._course.last
         at = bisect_right(self._planned, last)
-        border = self._planned[at] if at < len(self._planned) else last + length
-        return _Closed(ends, last, length, border, start, joined)
+        return self._planned[at] if at < len(self._planned) else last + self._course.length
 
-    def _close(self, last: int) -> _Closed:
+    def _sum_to(self, last: int, out: Tensor) -> Tensor:
+        """The sum of the open segment up to an iterate."""
+        for part, rows in self._iterates.exact(self._course.taken, last):
+            self._add(part, rows, out)
+        return out
+
+    def _add(self, part: slice, rows: Tensor, out: Tensor) -> None:
+        """Some columns of the open segment's sum, with the iterates that come next."""
+        total = torch.sum(rows, 0, out=out[part])
+        if self._course.taken > self._course.last:
+            total.add_(self._course.total[part])
+
+    def _close(self, border: int) -> None:
         """End the open segment, which changes no average."""
-        ends, before, length, _, start, _ = self._closed
-        row = self._means[(start + len(ends)) % len(self._means)]
-        torch.div(self._sum, last - before, out=row)
-        self._closed = self._close_at([*ends, last], length, start)
-        return self._closed
-
-    def _settle(self) -> _Closed:
-        """The segments as the clock has them: neighbours joined where one came on top of all,
-        and the open one closed at its border. Each look begins here, whatever was interrupted.
-        """
-        closed = self._closed
-        if closed.joined or (len(closed.ends) == self.capacity and self.updates > closed.last):
-            self._merge()  # before anything is closed, since it moves the border
-            closed = self._closed
-        return self._close(self.updates) if self.updates >= closed.border else closed
+        course = self._course
+        row = self._means[(course.start + len(course.ends)) % len(self._means)]
+        self._sum_to(border, row).div_(border - course.last)
+        self._course = course._replace(ends=[*course.ends, border], taken=border)
 
     def _merge(self) -> None:
         """Join neighbours two by two; segments to come are twice as long.
@@ -413,39 +381,32 @@ class Timeline(Averages[Rule]):
         The first mean goes to the row that is free, before the others, and each one after it to the
         row behind: one that has been joined. After each pair the segments are whole.
         """
-        size, closed = len(self._means), self._closed
-        for i in range(closed.joined, self.capacity // 2):
-            ends, _, length, _, start, _ = self._closed
+        size, half = len(self._means), self.capacity // 2
+        for i in range(self._course.joined, half):
+            ends, length, _, _, _, start, _ = course = self._course
             left = ends[i] - (ends[i - 1] if i else 0)
             right = ends[i + 1] - ends[i]
             one, other = (self._means[(start + 2 * i + j) % size] for j in (0, 1))
             mean = torch.mul(one, left, out=self._means[(start - 1 + i) % size])
             mean.add_(other, alpha=right).div_(left + right)
-            ends = ends[:i] + ends[i + 1 :]
-            if i + 1 < self.capacity // 2:
-                self._closed = self._close_at(ends, length, start, i + 1)
-            else:
-                self._closed = self._close_at(ends, 2 * length, (start - 1) % size)
+            joined = course._replace(ends=ends[:i] + ends[i + 1 :], joined=i + 1)
+            if i + 1 == half:
+                joined = joined._replace(length=2 * length, start=(start - 1) % size, joined=0)
+            self._course = joined
 
     @torch.inference_mode(False)
-    def _allocate(self) -> None:
-        kind: Any = {"dtype": torch.float64, "device": self._vector.device}
+    def _allocate(self, length: int) -> None:
+        kind: Any = {"dtype": torch.float64, "device": self._iterates.rows.device}
         # One row more than segments, so that two can be joined into a third.
         self._means = torch.zeros(self.capacity + 1, self._vector.size, **kind)
-        # The sum of the open segment, which is anything where there is none, and the iterate.
-        self._totals = torch.zeros(2, self._vector.size, **kind)
-        self._device = self._vector.device
-        self._look()
-
-    def _look(self) -> None:
-        self._sum, self._now = self._totals
-        self._views = [self._vector.views(row) for row in self._totals]
+        total, spare = (torch.zeros(self._vector.size, **kind) for _ in range(2))
+        self._course = _Course([], length, 0, total, spare)
 
     def _stretches(self) -> list[tuple[int, int]]:
         """The first and last iterate of each segment, the open one included."""
-        closed = self._settle()
-        ends = [*closed.ends]
-        if self.updates > closed.last:
+        self._settled()
+        ends = [*self._course.ends]
+        if self.updates > self._course.last:
             ends.append(self.updates)
         return [(first + 1, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -471,14 +432,6 @@ class Timeline(Averages[Rule]):
     def _require_records(self) -> None:
         if not self.updates:
             raise ValueError("the timeline is empty: call record() after each gradient step")
-
-    @torch.inference_mode(False)
-    def _move(self) -> None:
-        """Go to where the network went."""
-        device = self._vector.device
-        self._means, self._totals = self._means.to(device), self._totals.to(device)
-        self._look()
-        self._device = device  # last, so that what an interrupt left undone is done again
 
 
 def read_state(path: str | os.PathLike[str], format: str, what: str) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class WeightVector:
         size: the real numbers of the vector.
         dtype: float64 where the network has numbers of such precision, else float32.
         device: where the network is now.
+        flat: the network itself as such a vector, where it is flat in this layout, else None.
     """
 
     def __init__(self, module: nn.Module, buffers: Buffers = "copy") -> None:
@@ -85,7 +86,7 @@ class WeightVector:
 
     def __getstate__(self) -> dict[str, Any]:
         # What is found in the module is found anew: a pickle would part it from the module.
-        found = ("_watch", "_tensors", "_named", "_flat", "_shards", "_treatments", "device")
+        found = ("_watch", "_tensors", "_named", "flat", "_shards", "_treatments", "device")
         return {key: x for key, x in vars(self).items() if key not in found} | {"_watch": None}
 
     def views(self, vector: Tensor) -> list[Tensor]:
@@ -109,7 +110,7 @@ class WeightVector:
         self._named = {slot.name: found[slot.name] for slot in self.slots}
         self._tensors = [shard_of(tensor).detach() for tensor in self._named.values()]
         self.device = self._tensors[0].device
-        self._flat = self._flat_buffer()
+        self.flat = self._flat_buffer()
         self._watch = Watch(self.module)
 
     def require_online(self, what: str) -> None:
@@ -119,8 +120,8 @@ class WeightVector:
 
     def read(self, vector: Tensor, views: list[Tensor]) -> None:
         """Copy the network into a vector; ``views`` are those of this vector."""
-        if self._flat is not None:
-            vector.copy_(self._flat)
+        if self.flat is not None:
+            vector.copy_(self.flat)
         else:
             torch._foreach_copy_(views, self._tensors)
 

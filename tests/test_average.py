@@ -496,7 +496,7 @@ def test_saving_moves_no_bit_and_what_is_loaded_goes_on_bit_for_bit(stop, compen
 
 def test_more_iterates_may_wait_in_a_saved_bank_than_fit_the_block_that_loads_it(monkeypatch):
     _, bank = trained()
-    monkeypatch.setattr("polyak_rl.average._BLOCK", 8)
+    monkeypatch.setattr("polyak_rl.iterates._BLOCK", 8)
     loaded = AverageBank(network(7), bank.rules)
     loaded.load_state_dict(bank.state_dict())
     same(loaded.average("uniform"), bank.average("uniform"), rtol=1e-12, atol=1e-14)

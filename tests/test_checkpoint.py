@@ -278,7 +278,7 @@ def test_a_checkpoint_of_another_training_is_refused_and_nothing_changes(folder,
         (lambda s: s.pop("environments"), "at environments"),
         (lambda s: s["averages"]["timeline"].update(capacity=22), "capacity = 22"),
         (lambda s: s.pop("losses"), "losses"),
-        (lambda s: s["averages"]["bank"].update(waiting=torch.zeros(2, 3)), "out of bounds"),
+        (lambda s: s["averages"].update(iterates=torch.zeros(2, 3)), "out of bounds"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_half_loaded(folder, change, message):

@@ -3,6 +3,7 @@
 Without a GPU the device is the one of `tests/pretended_cuda.py`, which alone can count.
 """
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -10,14 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from agents.averaging import PolicyAverages, default_rules
+from agents.averaging import default_rules, record_policy
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.pixels import FrameReplay
 from agents.presets import preset
 from agents.replay import Upload
 from agents.seeding import Purpose, Streams, ahead
 from agents.training import TrainConfig, Training
-from polyak_rl import AverageBank, TargetNetwork, Timeline, Uniform
+from polyak_rl import (
+    AverageBank,
+    Ema,
+    PolicyAverages,
+    TargetNetwork,
+    Timeline,
+    Uniform,
+    Window,
+    flatten_,
+)
 from tests.pretended_cuda import CaptureError, Device, pretend
 
 pytestmark = pytest.mark.cuda
@@ -69,6 +79,25 @@ def test_a_gradient_step_is_one_launch_whatever_the_number_of_seeds(cuda, algo, 
     assert cuda.graphs == 64 + 1  # and the draws of 64 steps
     # where each stream is, and how many transitions there are
     assert dict(cuda.launches) == {"fill_.Scalar": draws + 1}
+    assert not cuda.waits
+
+
+@needs_pretence
+@pytest.mark.parametrize("seeds", [1, 20])
+@pytest.mark.parametrize(("algo", "draws"), [("dqn", 1), ("ddpg", 1), ("td3", 2), ("sac", 2)])
+def test_averages_are_part_of_the_launch_and_a_few_more_in_32_steps(cuda, algo, draws, seeds):
+    one, averages = averaged(algo, seeds, 10_000)
+    while one.updates < 10:
+        one.advance()
+    cuda.clear()
+    one.learn(30)  # a first block, for which the weights of 2048 steps in an EMA are sent
+    assert not cuda.waits
+    cuda.clear()
+    one.learn(64)
+    assert averages.clock == 104
+    assert cuda.graphs == 64 + 1  # and the draws of 64 steps
+    block = ["_to_copy", "mul.out", "addmm_", "sum.IntList_out", "add_.Tensor"]
+    assert dict(cuda.launches) == dict.fromkeys(block, 2) | {"fill_.Scalar": draws + 1 + 2}
     assert not cuda.waits
 
 
@@ -226,9 +255,7 @@ def test_a_seeds_run_is_the_same_beside_others():
 
 def averaged(*arguments, **options):
     one = training(*arguments, **options)
-    averages = PolicyAverages(one.agent.policy, default_rules(one.total_updates), capacity=20)
-    one.recorders.append(averages.record)
-    return one, averages
+    return one, record_policy(one, default_rules(one.total_updates), capacity=20)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -291,6 +318,44 @@ def test_products_are_float32_unless_tf32_is_asked_for():
 
 
 # ------------------------------------------------------------------------------------ misuse
+
+
+def test_a_captured_step_writes_for_averages_what_recording_takes():
+    policy = nn.Linear(3, 2).cuda()
+    flatten_(policy)
+    rules = {"mean": Uniform(), "ema": Ema(tau=0.1), "lawa": Window(3, 5)}
+    written, recorded = (PolicyAverages(policy, rules, capacity=8) for _ in range(2))
+
+    def step():
+        with torch.no_grad():
+            policy.weight.mul_(1.01)
+        written.write()
+
+    written.expect()
+    graph = captured(step)
+    for _ in range(70):
+        written.expect()
+        graph.replay()
+        written.count()
+        recorded.record()
+    for name in rules:
+        assert torch.equal(written.vector(name), recorded.vector(name)), name
+
+
+def test_averages_go_where_their_network_goes():
+    rules = {"mean": Uniform(), "ema": Ema(tau=0.1), "lawa": Window(3, 5)}
+    here = nn.Linear(3, 2)
+    there = copy.deepcopy(here)
+    stay, go = (PolicyAverages(policy, rules, capacity=8) for policy in (here, there))
+    for step in range(90):
+        if step == 40:
+            there.cuda()
+        for policy, averages in ((here, stay), (there, go)):
+            nn.init.constant_(policy.weight, step % 7)
+            averages.record()
+    for which in (*rules, Uniform(start=64)):
+        assert go.vector(which).device.type == "cuda"
+        torch.testing.assert_close(go.vector(which).cpu(), stay.vector(which))
 
 
 def captured(f):

@@ -171,6 +171,15 @@ def test_a_copy_goes_on_as_the_original_does(kind, flat, steps, copied):
         torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=1e-12, msg=name)
 
 
+@KEEPERS
+def test_a_copy_loads_a_state_before_anything_else(kind):
+    original, record, which = keeper(kind, network())
+    record()
+    twin = through_pickle(original)
+    twin.load_state_dict(original.state_dict())
+    assert torch.equal(twin.vector(which), original.vector(which))
+
+
 def test_a_copied_vector_reads_the_copied_network():
     twin_net, twin = through_pickle((net := network(), WeightVector(net)))
     with torch.no_grad():

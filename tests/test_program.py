@@ -19,6 +19,7 @@ from agents.sac import SAC, SACConfig
 from agents.seeding import Purpose, Streams
 from agents.td3 import TD3, TD3Config
 from agents.training import TrainConfig, Training
+from polyak_rl import Ema, PolicyAverages, Tail, Uniform, Window
 from tests.agent_cases import random_batch
 
 # torch's own, where Inductor is imported
@@ -141,6 +142,36 @@ def test_a_round_is_what_single_steps_are(name):
     step(eager, 73)
     for end in ends:
         assert_same(end, tensors(eager.agent))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize(("name", "every"), [("dqn", 1), ("td3", 2)])
+def test_averages_in_a_program_are_those_of_single_operations_and_change_no_bit(
+    name, every, device
+):
+    rules = {"ema": Ema(tau=0.1), "late": Uniform(start=9), "lawa": Window(3, 5), "t": Tail(0.5)}
+    build = None if device == "cuda" else recorder([])
+    plain = learner_of(name, 2, device, compiled=True, build=build)
+    eager = learner_of(name, 2, device)
+    program = learner_of(name, 2, device, compiled=True, build=build)
+    kept = []
+    for one in (eager, program):
+        averages = PolicyAverages(one.agent.policy, rules, every=every, expected=75)
+        one.record(averages)
+        kept.append(averages)
+    for count in (40, 1, 34):
+        for one in (plain, eager, program):
+            step(one, count)
+        for which in rules:
+            assert torch.equal(*(averages.vector(which) for averages in kept)), which
+        if count == 1:
+            kept[1].load_state_dict(kept[1].state_dict())  # to other memory
+    assert_same(tensors(program.agent), tensors(plain.agent))
+    assert [averages.clock for averages in kept] == [75, 75]
+    with kept[1].applied("ema"), pytest.raises(RuntimeError, match=r"inside applied\(\)"):
+        step(program)
+    step(program)
+    assert kept[1].clock == 76
 
 
 def test_nothing_is_left_of_a_round_that_was_broken_off():
@@ -282,6 +313,15 @@ def test_views_of_one_memory_are_written_in_order():
         assert torch.equal(tags["head"], expected[:2])
         assert tags["sum"] == expected.sum()
     assert len(builds) == 1
+
+
+def test_memory_that_is_written_to_in_part_is_seen_as_a_whole():
+    """By strides Inductor would copy all of it back at every call."""
+    table, row, at = torch.zeros(4, 3), torch.ones(1, 3), torch.zeros(1, dtype=torch.int64)
+    builds = []
+    program = Program(lambda: {"table": table.index_copy_(0, at, row)}, build=recorder(builds))
+    assert program()["table"].tolist() == [[1.0] * 3] + 3 * [[0.0] * 3]
+    assert "as_strided" not in builds[0].code
 
 
 def training(algo="dqn", env_id="CartPole-v1", agent_config=None, **options):

@@ -12,6 +12,7 @@ from polyak_rl import (
     Timeline,
     Uniform,
     Window,
+    flatten_,
 )
 
 RULES = {"uniform": Uniform(), "tail50": Tail(0.5), "ema": Ema(tau=0.1), "lawa": Window(2, 3)}
@@ -54,6 +55,72 @@ def test_it_is_a_bank_and_a_timeline_on_one_clock(every):
     for name in bank.rules:
         assert torch.equal(averages.vector(name), bank.vector(name))
     assert torch.equal(averages.vector("tail50"), timeline.vector(Tail(0.5)))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("expected", [None, 90])
+def test_reading_and_saving_move_no_bit(every, expected):
+    policy, generator = network(), torch.Generator().manual_seed(3)
+    options = {"capacity": 4, "expected": expected, "every": every, "max_weight_error": 1.0}
+    read, unread = (PolicyAverages(policy, RULES, **options) for _ in range(2))
+
+    def look():
+        if torch.rand((), generator=generator) < 0.2:
+            read.vector(list(RULES)[int(4 * torch.rand((), generator=generator))])
+        if torch.rand((), generator=generator) < 0.1:
+            read.state_dict()
+
+    train(policy, 100 * every, read.record, unread.record, look)
+    for which in (*RULES, Power(gamma=2.0)):
+        assert torch.equal(read.vector(which), unread.vector(which)), which
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_weights_that_a_step_writes_are_those_that_are_recorded_between_steps(every):
+    policy = network()
+    policy[1].eval()
+    flatten_(policy)
+    options = {"capacity": 8, "every": every, "max_weight_error": 1.0}
+    written, recorded = (PolicyAverages(policy, RULES, **options) for _ in range(2))
+
+    def step():
+        written.expect()
+        written.write()
+        written.count()
+
+    def interrupted():  # by what comes between the step and its count
+        written.expect()
+        written.write()
+
+    for records in ([step], [interrupted, step], [written.record], [step]):
+        train(policy, 40 * every + 1, recorded.record, *records)
+        written.load_state_dict(written.state_dict())
+    assert written.clock == recorded.clock
+    for which in (*RULES, Uniform(start=100)):
+        assert torch.equal(written.vector(which), recorded.vector(which)), which
+
+
+def test_weights_are_written_in_a_step_only_where_one_operation_can_do_it():
+    policy = network()
+    plain, guarded = PolicyAverages(policy, RULES), PolicyAverages(policy, RULES, guard="finite")
+    for averages in (plain, guarded):
+        averages.expect()
+        with pytest.raises(RuntimeError, match="without a guard of a network in flat memory"):
+            averages.write()
+        flatten_(policy)
+
+
+def test_a_part_is_recorded_and_loaded_with_the_whole_alone():
+    policy = network()
+    averages = PolicyAverages(policy, RULES)
+    for call in (averages.bank.update, averages.timeline.record):
+        with pytest.raises(RuntimeError, match="of a part of a PolicyAverages: call its record"):
+            call()
+    state = averages.timeline.state_dict()
+    with pytest.raises(RuntimeError, match="of a part of a PolicyAverages: load the whole"):
+        averages.timeline.load_state_dict(state)
+    Timeline(policy).load_state_dict(state)  # saved it can be
+    assert averages.clock == 0
 
 
 def test_before_the_first_iterate_every_average_is_the_network_as_it_is():

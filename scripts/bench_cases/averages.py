@@ -40,8 +40,8 @@ def averages_of(
 ) -> tuple[PolicyAverages, Sequence[Callable[[], None]]]:
     """Averages of a training's policy by a set of rules, and what records them at each step."""
     averages = record_policy(training, RULES[name](training.total_updates))
-    recorders, training.recorders = training.recorders, []
-    return averages, recorders
+    training.learner.averages.remove(averages)
+    return averages, [averages.record]
 
 
 def averaging(bench: Bench) -> None:
