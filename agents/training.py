@@ -81,7 +81,7 @@ class TrainConfig:
     matmul_precision: Literal["highest", "high"] = "highest"
     """of products on CUDA: float32, or TF32's 10 bits for speed; holds for the whole process"""
     compile: bool = False
-    """make the gradient step one program, from sampling to the target networks, for a constant
+    """make the gradient step one program, from sampling to the averages, for a constant
     learning rate; its numbers are read once. It is compiled, by a C++ compiler or on CUDA by
     Triton, in ten to twenty seconds, twice where something is not due in every step, and each step
     is the same to rounding; on CUDA it is captured in a graph besides, and acting is another"""
