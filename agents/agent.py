@@ -77,8 +77,8 @@ class Turns(nn.Module):
 
     def next(self) -> tuple[bool, ...]:
         """Count a gradient step; whose turn it is in it."""
-        self.steps += 1
-        return tuple(self.steps % every == 0 for every in self.every)
+        steps = vars(self)["steps"] = self.steps + 1  # a module's attributes are slow to set
+        return tuple([steps % every == 0 for every in self.every])
 
     def get_extra_state(self) -> int:
         """The count."""
