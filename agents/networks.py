@@ -169,8 +169,8 @@ def set_gradients(loss: Tensor, weights: Sequence[nn.Parameter], share: float = 
         weights: Leaves of its graph.
         share: Of each element in L.
     """
-    _places.update((id(weight), weight.grad) for weight in weights)
     try:
+        _places.update((id(weight), weight.grad) for weight in weights)
         # What torch.autograd.grad calls; the Python around it is a tenth of a small network's step.
         gradients = _engine.run_backward(
             (loss,),

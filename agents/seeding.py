@@ -80,6 +80,7 @@ class Streams:
         self._form: tuple[Noise, tuple[int, ...]] | None = None  # of the rows that were made ahead
         self._rows: Iterator[Tensor] = iter(())
         self._used = 0  # of these rows
+        self._place = 0  # of the next of them; elsewhere, others have drawn since
         self._before: list[Tensor] = []  # where torch's generators were when they were made
         if self.counted:
             keys = torch.tensor([[_key(purpose, seed) - 2**63] for seed in seeds])
@@ -103,19 +104,22 @@ class Streams:
 
     def next(self, law: Noise, shape: tuple[int, ...]) -> Tensor:
         """As `draw`, but made for many calls at once: quick where all are of one form."""
-        row = next(self._rows, None) if self._form == (law, shape) else None
+        fits = self._form == (law, shape) and self._place == self.position
+        row = next(self._rows, None) if fits else None
         if row is None:
             self._settle()
-            self._form, calls = (law, shape), ahead(len(self._generators), shape)
+            calls = ahead(len(self._generators), shape)
             if self.counted:
                 self.tell()
                 self._rows = iter(self.after(law, calls, shape))
             else:
                 self._before = [generator.get_state() for generator in self._generators]
                 self._rows = iter([self._draw(law, shape) for _ in range(calls)])
+            self._form = law, shape  # last: what was interrupted is of no form
             row = next(self._rows)
         self._used += 1
         self.use(*shape)
+        self._place = self.position
         return row
 
     def _draw(self, law: Noise, shape: tuple[int, ...]) -> Tensor:

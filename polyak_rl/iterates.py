@@ -70,6 +70,7 @@ class Iterates:
             ValueError: the network has other names or shapes than before.
         """
         self._require_own_weights(what, keepers)
+        self._expected = False
         k, rest = divmod(self.clock + 1, self.every)
         if not rest:
             self._follow()
@@ -87,11 +88,12 @@ class Iterates:
         """Make ready for a gradient step that has :meth:`write` in it; arguments as above."""
         self._require_own_weights(what, keepers)
         self._follow()
+        self.take_in(keepers)  # what record() may have filled in between
         at = self.clock % (self.every * len(self.rows))
         if self._told != at:
-            self.take_in(keepers)
             self._at.fill_(at)
         self._told = -1  # anything, until the step has been counted
+        self._expected = True
 
     def write(self) -> None:
         """Copy the network to where the iterate of this step belongs, which the device counts.
@@ -111,7 +113,18 @@ class Iterates:
         self._at.add_(1)
 
     def count(self) -> None:
-        """Count a gradient step that has written."""
+        """Count a gradient step that has written.
+
+        Raises:
+            RuntimeError: :meth:`expect` was not called before it, or something was loaded since; or
+                the network holds an average.
+        """
+        if not self._expected:
+            raise RuntimeError(
+                "count() is for a step with write() in it that began with expect(): none has begun"
+            )
+        self.vector.require_online("count()")
+        self._expected = False
         at = self.clock % (self.every * len(self.rows))
         self.clock += 1
         self._told = at + 1  # which is never expected after the last row
@@ -178,6 +191,7 @@ class Iterates:
         # Steps since the block's beginning, as the device counts them and as far as that is known.
         self._at = torch.zeros(1, dtype=torch.int64, device=rows.device)
         self._told = -1
+        self._expected = False
         self.rows = rows  # last, so that an interrupted move is made again
 
     def _require_own_weights(self, what: str, keepers: Sequence[Keeper[Any]]) -> None:

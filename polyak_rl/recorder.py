@@ -159,7 +159,8 @@ class PolicyAverages(Averages["str | Rule"]):
         or compiled, averages included. On the host :meth:`expect` comes before each step and
         :meth:`count` after it; some six kernels more are launched every 32 steps, when averages
         take in what was written. For a network in flat memory (:func:`polyak_rl.flatten_`) and
-        averages without a guard.
+        averages without a guard. Loading a state, or moving the network, puts averages into other
+        memory: what was captured or compiled before must be made anew.
 
         Raises:
             RuntimeError: the network is not flat, or there is a guard.
@@ -167,7 +168,12 @@ class PolicyAverages(Averages["str | Rule"]):
         self._keepers[0]._iterates.write()
 
     def count(self) -> None:
-        """Count a gradient step that has written."""
+        """Count a gradient step that has written.
+
+        Raises:
+            RuntimeError: :meth:`expect` was not called before it, or something was recorded or
+                loaded since; or the network holds an average.
+        """
         self._keepers[0]._iterates.count()
 
     def ready(self, which: str | Rule) -> bool:

@@ -23,6 +23,11 @@ def network():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
+def flatten_and_return(policy):
+    flatten_(policy)
+    return policy
+
+
 def train(policy, steps, *recorders):
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -98,6 +103,39 @@ def test_weights_that_a_step_writes_are_those_that_are_recorded_between_steps(ev
     assert written.clock == recorded.clock
     for which in (*RULES, Uniform(start=100)):
         assert torch.equal(written.vector(which), recorded.vector(which)), which
+
+
+def test_a_block_that_records_have_filled_is_taken_in_before_a_step_writes_to_it():
+    policy = flatten_and_return(nn.Linear(1, 1, bias=False))
+    averages = PolicyAverages(policy, {"uniform": Uniform()}, every=2)
+    for step in range(1, 201):
+        nn.init.constant_(policy.weight, step)
+        if 2 <= step <= 65:  # a block of 32 iterates
+            averages.record()
+        else:
+            averages.expect()
+            averages.write()
+            averages.count()
+    assert averages.average("uniform")["weight"].item() == pytest.approx(101)  # of 2, 4, ..., 200
+
+
+def test_only_a_step_that_was_expected_is_counted():
+    policy = flatten_and_return(nn.Linear(1, 1))
+    averages = PolicyAverages(policy, {"uniform": Uniform()})
+    averages.record()
+    with pytest.raises(RuntimeError, match=r"began with expect\(\): none has begun"):
+        averages.count()
+    for disturb in (averages.record, lambda: averages.load_state_dict(averages.state_dict())):
+        averages.expect()
+        averages.write()
+        disturb()
+        clock = averages.clock
+        with pytest.raises(RuntimeError, match=r"began with expect\(\): none has begun"):
+            averages.count()
+        assert averages.clock == clock
+    averages.expect()
+    with averages.applied("uniform"), pytest.raises(RuntimeError, match="count"):
+        averages.count()
 
 
 def test_weights_are_written_in_a_step_only_where_one_operation_can_do_it():

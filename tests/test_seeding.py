@@ -40,3 +40,28 @@ def test_other_draws_follow_on_what_was_used():
     for one in (ahead.next, single.draw):
         one("normal", (3,))
     assert torch.equal(ahead.uniform(2), single.uniform(2))
+
+
+@pytest.mark.cuda
+def test_on_a_device_no_number_is_drawn_twice():
+    mixed, loaded = (Streams(Purpose.REPLAY, [3, 8], "cuda") for _ in range(2))
+    mixed.next("uniform", (2,))
+    mixed.below(9, 1, 2)
+    loaded.load_state_dict(mixed.state_dict())
+    assert torch.equal(mixed.next("uniform", (2,)), loaded.next("uniform", (2,)))
+
+
+def test_what_was_interrupted_gives_no_number_of_another_law(monkeypatch):
+    ahead, single = streams(), streams()
+    for one in (ahead.next, single.draw):
+        one("uniform", (2,))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ahead.next("normal", (2,))
+    for _ in range(3):
+        assert torch.equal(ahead.next("normal", (2,)), single.draw("normal", (2,)))
