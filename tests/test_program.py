@@ -244,8 +244,7 @@ def test_what_is_only_read_is_not_copied(monkeypatch):
     monkeypatch.setattr(Tensor, "clone", lambda x: copied.append(x.numel()) or clone(x))
     program = Program(lambda: {"total": total.add_(table.sum())}, build=recorder([]))
     assert [program()["total"].item() for _ in range(2)] == [15, 30]
-    assert len(table) not in copied
-    assert 1 in copied  # the total is
+    assert copied == [1]
 
 
 def test_a_rehearsal_that_fails_leaves_no_trace():

@@ -134,7 +134,7 @@ def test_only_a_step_that_was_expected_is_counted():
             averages.count()
         assert averages.clock == clock
     averages.expect()
-    with averages.applied("uniform"), pytest.raises(RuntimeError, match="count"):
+    with averages.applied("uniform"), pytest.raises(RuntimeError, match="holds an average"):
         averages.count()
 
 
