@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.agent import Agent, AgentConfig, check
+from agents.denormals import flushed
 from agents.environments import EnvironmentFault, interface
 from agents.evaluation import MAX_STEPS, Evaluation, Evaluator, Stopped
 from agents.explorer import Explorer
@@ -275,8 +276,9 @@ class Training:
         if self.config.compile:
             self._require_as_recorded()
         self.learner.begin(count)
-        for _ in range(count):
-            self._gradient_step()
+        with flushed():
+            for _ in range(count):
+                self._gradient_step()
 
     def _gradient_step(self) -> None:
         if self.config.lr_decay == "linear":
