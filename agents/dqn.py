@@ -108,10 +108,10 @@ class DQN:
 
     def explore(self, obs: Tensor, noise: Tensor, epsilon: float | Tensor) -> Tensor:
         """Epsilon-greedy actions: obs [S, n, O], uniform draws [S, 2, n] -> [S, n]."""
-        # Nearly always all are greedy: on the host that is seen for less than the rest would cost.
-        if noise.is_cpu and min(noise.numpy()[:, 0].flat) >= epsilon:
-            return self.q.act(obs)
         coin, pick = noise.unbind(1)
+        if coin.is_cpu and coin.numel() == 1:  # the host need not work out both answers
+            random = (coin < epsilon).item()
+            return (pick * self.action_dim).long() if random else self.q.act(obs)
         return torch.where(coin < epsilon, (pick * self.action_dim).long(), self.q.act(obs))
 
     def update(self, batch: Batch) -> dict[str, Tensor]:

@@ -117,6 +117,16 @@ def test_a_share_epsilon_of_the_actions_is_random():
     assert share == pytest.approx(0.2, abs=5 * (0.2 * 0.8 / 20_000) ** 0.5)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 0.4, 0.7, 1.0])
+def test_one_environment_acts_as_one_of_many(epsilon):
+    agent, generator = make(SMALL), torch.Generator().manual_seed(0)
+    obs = torch.randn(1, 500, 4, generator=generator)
+    noise = torch.rand(1, 2, 500, generator=generator)
+    noise[0, :, 0] = epsilon  # a coin that falls on the border
+    alone = [agent.explore(obs[:, [i]], noise[..., [i]], epsilon) for i in range(500)]
+    assert torch.equal(torch.cat(alone, 1), agent.explore(obs, noise, epsilon))
+
+
 def test_each_seeds_gradient_is_clipped_on_its_own():
     agent = make(replace(SMALL, max_grad_norm=1e-3), seeds=(0, 1))
     calm, wild = batch(1), batch(1)
