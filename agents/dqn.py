@@ -110,7 +110,7 @@ class DQN:
         """Epsilon-greedy actions: obs [S, n, O], uniform draws [S, 2, n] -> [S, n]."""
         coin, pick = noise.unbind(1)
         if coin.is_cpu and coin.numel() == 1:  # the host need not work out both answers
-            random = (coin < epsilon).item()
+            random = coin.numpy() < epsilon
             return (pick * self.action_dim).long() if random else self.q.act(obs)
         return torch.where(coin < epsilon, (pick * self.action_dim).long(), self.q.act(obs))
 

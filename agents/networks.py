@@ -115,7 +115,7 @@ class Layers(torch.autograd.Function):
         """The outputs; weight and bias of a layer by turns."""
         *h, y = activations(x, weights)
         ctx.save_for_backward(*h)
-        ctx.weights, ctx.strides, ctx.inputs = weights, y.stride(), len(x)
+        ctx.weights, ctx.strides, ctx.inputs = weights, y.stride(), x.shape[0]
         return y
 
     @staticmethod
@@ -141,7 +141,7 @@ class Layers(torch.autograd.Function):
         if not into_x:
             return None, *slopes
         dx = below(dy, weights[0])
-        if ctx.inputs < len(dx):
+        if ctx.inputs < dx.shape[0]:
             dx = dx.view(ctx.inputs, -1, *dx.shape[1:]).sum(1)
         return dx, *slopes
 
@@ -190,11 +190,12 @@ def set_gradients(loss: Tensor, weights: Sequence[nn.Parameter], share: float = 
 
 def activations(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """x, the output of each hidden layer, and the outputs; weight and bias of a layer by turns."""
-    if len(x) < len(weights[0]):
-        x = x.unsqueeze(1).expand(-1, len(weights[0]) // len(x), -1, -1).flatten(0, 1)
+    inputs, members = x.shape[0], weights[0].shape[0]
+    if inputs < members:
+        x = x.unsqueeze(1).expand(-1, members // inputs, -1, -1).flatten(0, 1)
     h = [x]
-    for i in range(0, len(weights) - 2, 2):
-        h.append(affine(h[-1], weights[i], weights[i + 1]).relu_())
+    for weight, bias in zip(weights[:-2:2], weights[1:-2:2], strict=True):
+        h.append(affine(h[-1], weight, bias).relu_())
     h.append(affine(h[-1], *weights[-2:]))
     return h
 

@@ -65,11 +65,11 @@ class GradientWatch:
             network: One of `networks`.
             norm: Its gradient norms [S * n], a seed's members side by side.
         """
-        flag = self._flags_now[network]  # [S]
-        if len(norm) > len(flag):
-            norm = norm.view(len(flag), -1).sum(-1)
+        flag, members = self._flags_now[network], self._now.shape[1]  # [S], S
+        if norm.shape[0] > members:
+            norm = norm.view(members, -1).sum(-1)
         torch.ne(norm - norm, 0, out=flag)  # Inf - Inf is NaN, which differs from all numbers
-        return flag.amax() if len(flag) > 1 else flag[0]
+        return flag.amax() if members > 1 else flag[0]
 
     def count(self, env_step: int, *, noted: bool = False) -> None:
         """Count a gradient step that was begun after `env_step` environment steps.

@@ -55,7 +55,7 @@ class Descent:
             loss: Of every transition [S, B], of which a seed's is the mean, or of every seed [S].
         """
         flat = self.flats[name]
-        set_gradients(loss, self.weights[name], share=len(loss) / loss.numel())
+        set_gradients(loss, self.weights[name], share=loss.shape[0] / loss.numel())
         if self.max_grad_norm is None:
             norm = flat.grad_norm()
         else:

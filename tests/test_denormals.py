@@ -14,8 +14,13 @@ from agents.training import TrainConfig, Training
 CONFIGS = {"dqn": DQNConfig, "ddpg": DDPGConfig, "td3": TD3Config, "sac": SACConfig}
 
 
-def product():
-    return (torch.tensor(1e-30) * 1e-10).item()
+def flushes():
+    return (torch.tensor(1e-30) * 1e-10).item() == 0
+
+
+def fail():
+    assert flushes()
+    raise RuntimeError("stopped")
 
 
 @pytest.mark.parametrize("outside", [False, True])
@@ -23,9 +28,8 @@ def test_what_held_before_holds_afterwards(outside):
     torch.set_flush_denormal(outside)
     try:
         with pytest.raises(RuntimeError, match="stopped"), flushed():
-            assert product() == 0
-            raise RuntimeError("stopped")
-        assert (product() == 0) == outside
+            fail()
+        assert flushes() == outside
     finally:
         torch.set_flush_denormal(False)
 
