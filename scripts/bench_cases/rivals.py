@@ -10,6 +10,7 @@ import numpy as np
 import stable_baselines3 as sb3
 import torch
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.utils import polyak_update
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -79,7 +80,18 @@ class OptaxUpdate:
 
 def rival_agents(algo: str, env_id: str, config: Any, device: torch.device) -> dict[str, Any]:
     """The same agent in Stable-Baselines3, and in SBX where that is installed."""
-    options: dict[str, Any] = {
+    models = {SB3: sb3_agent(sb3, algo, env_id, config, device=device)}
+    # JAX's CPU build runs on the CPU only.
+    if device.type == "cpu" and (sbx := installed("sbx")):
+        models[SBX] = sb3_agent(sbx, algo, env_id, config)
+    return models
+
+
+def sb3_agent(
+    library: Any, algo: str, env_id: str, config: Any, seed: int = 1, **options: Any
+) -> Any:
+    """An agent of Stable-Baselines3, or of a library like it, with the settings of one of ours."""
+    options |= {
         "learning_rate": config.learning_rate,
         "batch_size": config.batch_size,
         "buffer_size": config.buffer_size,
@@ -89,21 +101,19 @@ def rival_agents(algo: str, env_id: str, config: Any, device: torch.device) -> d
         "train_freq": config.train_every,
         "gradient_steps": config.gradient_steps,
         "policy_kwargs": {"net_arch": [*config.hidden]},
-        "seed": 1,
+        "seed": seed,
     }
     if algo == "dqn":
         options["exploration_fraction"] = config.exploration_fraction
         options["exploration_final_eps"] = config.epsilon_end
         # Counted in environment steps there; 10 is rl-baselines3-zoo's for CartPole-v1.
         options["target_update_interval"] = 10
-    name = algo.upper()
-    models = {SB3: getattr(sb3, name)("MlpPolicy", env_id, **options, device=device)}
-    # JAX's CPU build runs on the CPU only.
-    if device.type == "cpu" and (sbx := installed("sbx")):
-        models[SBX] = getattr(sbx, name)("MlpPolicy", env_id, **options)
-    for model in models.values():
-        model.set_logger(Logger(None, []))
-    return models
+    model = getattr(library, algo.upper())("MlpPolicy", env_id, **options)
+    if algo in ("ddpg", "td3"):
+        size = model.action_space.shape
+        model.action_noise = NormalActionNoise(np.zeros(size), np.full(size, config.noise_std))
+    model.set_logger(Logger(None, []))
+    return model
 
 
 def fill(buffer: Any) -> None:
