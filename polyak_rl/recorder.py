@@ -19,8 +19,6 @@ from polyak_rl.timeline import Timeline, read_state
 from polyak_rl.vector import Averages
 
 _FORMAT = "polyak_rl.averages/2"
-_SEGMENTS = 256  # enough to put any tail's start within 0.2 % of the run
-_STEP = 20  # with a multiple of it every tail of a multiple of 5 % is exact
 
 
 class PolicyAverages(Averages["str | Rule"]):
@@ -34,8 +32,7 @@ class PolicyAverages(Averages["str | Rule"]):
         network: what is averaged, the network that acts; it is only read.
         rules: the averages by name. ``"last"`` is the network as it is and cannot be another.
         timeline: record the course of the weights.
-        capacity: the segments of the timeline, as in :class:`polyak_rl.Timeline`; None: 256, or as
-            many as the iterates expected, or as many as ``max_bytes`` holds.
+        capacity: the segments of the timeline, as in :class:`polyak_rl.Timeline`.
         expected: the gradient steps of the run, if known, as in :class:`polyak_rl.Timeline`.
         every: :meth:`record` takes an iterate at its N-th, 2N-th, 3N-th call.
         buffers: as in :class:`polyak_rl.AverageBank`.
@@ -97,9 +94,6 @@ class PolicyAverages(Averages["str | Rule"]):
             self.bank = AverageBank(network, moving, every=every, buffers=buffers, guard=guard)
             self._keepers.append(self.bank)
         if timeline:
-            if capacity is None:
-                updates = _SEGMENTS if expected is None else expected // every
-                capacity = _choose_capacity(network, updates, max_bytes)
             self.timeline = Timeline(
                 network,
                 capacity=capacity,
@@ -316,10 +310,3 @@ class PolicyAverages(Averages["str | Rule"]):
                 f"there is no average {which!r}; the averages are {', '.join(self.rules)}"
             )
         return self.rules[which]
-
-
-def _choose_capacity(network: nn.Module, updates: int, max_bytes: int) -> int:
-    """Segments for this many iterates: no more than memory holds, and an even number."""
-    weights = max(1, sum(parameter.numel() for parameter in network.parameters()))
-    needed = -(-updates // _STEP) * _STEP
-    return max(2, min(_SEGMENTS, needed, max_bytes // (16 * weights) * 2))  # of float64

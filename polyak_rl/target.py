@@ -89,10 +89,12 @@ def soft_update(
         0.55
     """
     if not (isinstance(target, nn.Module) and isinstance(online, nn.Module)):
+        tau = check_tau(tau)
         with torch.no_grad():
             pairs = _pairs(target, online, tau, buffers)
             Plan(pairs, tau, terms_of(pairs, tau, buffers)).apply()
     elif torch.compiler.is_compiling():
+        tau = check_tau(tau)
         pairs = _traced_pairs(target, online, lambda _, is_buffer: is_buffer and buffers == "keep")
         Plan(pairs, tau, terms_of(pairs, tau, buffers)).apply()
     else:
@@ -544,6 +546,7 @@ def _planned(target: nn.Module, online: nn.Module, tau: Tau, buffers: Buffers) -
             if type(tau) is not float or type(plan.tau) is not float or tau != plan.tau:
                 plan.set_tau(check_tau(tau))
             return plan
+    tau = check_tau(tau)
     with lasting():
         pairs = detached(_pairs(target, online, tau, buffers))
         plan = Plan(pairs, tau, terms_of(pairs, tau, buffers), modules=(target, online))

@@ -18,7 +18,8 @@ from polyak_rl.iterates import Iterates, Keeper
 from polyak_rl.rules import Ema, Rule, require_int
 from polyak_rl.vector import check_clock, check_vectors
 
-_TENTHS = 20  # expected runs are cut so that every tail of a multiple of 5 % has a border
+_SEGMENTS = 256  # enough to put any tail's start within 0.2 % of the run
+_TWENTIETHS = 20  # expected runs are cut so that every tail of a multiple of 5 % has a border
 
 
 class Segment(NamedTuple):
@@ -72,7 +73,8 @@ class Timeline(Keeper[Rule]):
 
     Args:
         module: the network that acts. It is only read; recording draws no random numbers.
-        capacity: the most segments, an even number of at least 2.
+        capacity: the most segments, an even number of at least 2; None: 256, or as many as the
+            iterates expected, or as many as ``max_bytes`` holds.
         expected: the gradient steps of the run, if known: they are cut into equal segments, so that
             at the end every tail of a multiple of 5 % is exact (with a capacity of at least 20).
         every: :meth:`record` takes an iterate at its N-th, 2N-th, 3N-th call.
@@ -110,7 +112,7 @@ class Timeline(Keeper[Rule]):
         self,
         module: nn.Module,
         *,
-        capacity: int = 256,
+        capacity: int | None = 256,
         expected: int | None = None,
         every: int = 1,
         buffers: Buffers = "copy",
@@ -118,14 +120,20 @@ class Timeline(Keeper[Rule]):
         max_bytes: int = 1 << 30,
         guard: Guard = None,
     ) -> None:
-        require_int(capacity, 2, "capacity")
+        if capacity is not None:
+            require_int(capacity, 2, "capacity")
         require_int(every, 1, "every")
-        if capacity % 2:
+        if capacity is not None and capacity % 2:
             raise ValueError(f"capacity must be even, so that neighbours can merge, got {capacity}")
         if expected is not None and expected < every:
             raise ValueError(f"expected must be at least every = {every} steps, got {expected}")
         self._iterates = Iterates(module, every, buffers, guard)
         self._vector = self._iterates.vector
+        if capacity is None:
+            iterates = _SEGMENTS if expected is None else expected // every
+            needed = -(-iterates // _TWENTIETHS) * _TWENTIETHS
+            held = max_bytes // (16 * max(1, self._vector.size)) * 2  # float64, an even number
+            capacity = max(2, min(_SEGMENTS, needed, held))
         self.capacity, self.expected = capacity, expected
         self.max_weight_error = max_weight_error
         self.nbytes = 8 * capacity * self._vector.size
@@ -136,7 +144,7 @@ class Timeline(Keeper[Rule]):
             )
         if expected is not None:
             updates = expected // every
-            cuts = capacity - capacity % _TENTHS or capacity
+            cuts = capacity - capacity % _TWENTIETHS or capacity
             planned = [-(-i * updates // cuts) for i in range(1, cuts + 1)]
             self._planned = sorted({*planned})
             length = -(-updates // cuts)

@@ -38,7 +38,7 @@ def terms_of(pairs: list[Pair], tau: Tau, buffers: Buffers) -> dict[str, Terms]:
 
 
 class Plan:
-    """What one update does, decided and checked before the first write.
+    """What one update does, decided and checked before the first write; tau is from `check_tau`.
 
     Where the tensors are detached it needs no ``no_grad``, which would cost a microsecond.
     ``masters`` are the float32 masters by name as far as there are any yet; None forbids them.
@@ -75,7 +75,7 @@ class Plan:
         self.intact = Watch(*modules).intact if modules is not None else _never
         self._with_masters = [group for group in self._groups if group.masters]
         self._traced = torch.compiler.is_compiling()
-        self.set_tau(check_tau(tau))
+        self.set_tau(tau)
 
     def set_tau(self, tau: Tau) -> None:
         """Use another tau; a mapping must be the one that the plan was made with."""

@@ -275,3 +275,15 @@ def test_other_averages_are_refused(tmp_path):
     (tmp_path / "other").write_bytes(b"something")
     with pytest.raises(ValueError, match=r"is damaged, or no file of torch\.save"):
         PolicyAverages.load(tmp_path / "other", policy)
+
+
+@pytest.mark.parametrize("kind", ["flat", "averaged buffers", "complex"])
+def test_as_many_segments_as_memory_holds_are_counted_as_the_weights_lie_there(kind):
+    policy = {
+        "flat": lambda: flatten_and_return(nn.Linear(2, 3)),  # with room between the parameters
+        "averaged buffers": network,
+        "complex": lambda: nn.Linear(2, 3, dtype=torch.complex64),
+    }[kind]()
+    timeline = PolicyAverages(policy, {}, buffers="average", max_bytes=20_000).timeline
+    two_segments = 2 * timeline.nbytes / timeline.capacity
+    assert 20_000 - two_segments < timeline.nbytes <= 20_000

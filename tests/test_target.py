@@ -234,6 +234,22 @@ def test_of_several_tau_patterns_the_last_one_that_matches_counts() -> None:
     assert target[0].weight[0, 0].item() == 0.25
 
 
+@pytest.mark.parametrize("as_state", [False, True], ids=["modules", "mappings"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ends_of_a_pattern_are_exact_whatever_kind_of_number_they_are(
+    as_state: bool, dtype: torch.dtype
+) -> None:
+    for one, zero in ((1, 0), (1.0, 0.0), (np.float64(1), np.float64(0))):
+        target, online = scalar(math.nan, dtype), scalar(2.0, dtype)
+        kept, infinite = scalar(3.0, dtype), scalar(math.inf, dtype)
+        both = [target, online, kept, infinite]
+        a, b, c, d = [n.state_dict() for n in both] if as_state else both
+        soft_update(a, b, {"*": one})
+        assert target.weight.item() == 2
+        soft_update(c, d, {"*": zero})
+        assert kept.weight.item() == 3
+
+
 def test_the_order_and_the_values_of_tau_patterns_are_read_at_each_call() -> None:
     target, online = scalar(0.0), scalar(1.0)
     taus = {"*": 0.0, "weight": 0.5}
