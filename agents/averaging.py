@@ -1,22 +1,11 @@
-"""Averages of a training's policy, and the rules that every run keeps."""
+"""Averages of a training's policy, beside it."""
 
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from agents.training import Training
-from polyak_rl import Ema, PolicyAverages, Rule, Tail
-
-
-def default_rules(total_updates: int) -> dict[str, Rule]:
-    """What every run keeps: the mean of the last half of the run so far, and an EMA.
-
-    The EMA's half-life is one per cent of the run.
-    """
-    return {
-        "tail50": Tail(0.5),
-        "ema1": Ema(half_life=max(1.0, total_updates / 100)),
-    }
+from polyak_rl import PolicyAverages, Rule
 
 
 def record_policy(

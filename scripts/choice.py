@@ -31,7 +31,8 @@ from scripts.experiment import stats
 from scripts.experiment.analysis import FEWEST, MARGIN
 from scripts.experiment.figures import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
 from scripts.experiment.paths import make_folder
-from scripts.experiment.schemes import KNOWN, LAST, LATE
+from scripts.experiment.replay import BUDGETS
+from scripts.experiment.schemes import KNOWN, LAST, PRIMARY, TARGET, is_late
 from scripts.experiment.stats import Floats, Interval
 from scripts.experiment.terminal import command_line
 from scripts.experiment.tidy import SCALES, Episodes, Key, read_episodes, result_files
@@ -40,13 +41,12 @@ from scripts.experiment.wording import table
 BASE = LAST.name
 SKY = "#56B4E9"  # of Okabe and Ito's as well
 
-BUDGETS = (0, 5, 12, 36, 60, 120)
-PRIOR = "tail25"
+PRIOR = PRIMARY.name
 HELD_OUT = 4  # fewer episodes than this do not score a choice
 LATEST = 9  # evaluations from `LATE` of the run on stand for its past, at most so many
 CHECKPOINTS = {name for name, scheme in KNOWN.items() if scheme.is_checkpoint}
 # In the order of belief: a budget too small for all candidates takes the first ones.
-BELIEF = (PRIOR, BASE, "tail10", "tail50", "ema1", "tail5", "target")
+BELIEF = (PRIOR, BASE, "tail10", "tail50", "ema1", "tail5", TARGET.name)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def as_run(key: Key, name: str, episodes: Episodes) -> Run:
     past = sorted((n for n in ends if ends[n]), key=lambda n: -ends[n])
     curve = {step: row for (n, step), row in sorted(episodes.items()) if n == BASE}
     if not past:
-        late = [step for step in curve if LATE * end <= step < end][-LATEST:]
+        late = [step for step in curve if is_late(step, end) and step < end][-LATEST:]
         then = {f"iterate of step {step}": curve[step] for step in late[::-1]}
         now, past = now | then, [*then]
     means = [np.mean([*row.values()]) for row in curve.values()]

@@ -29,7 +29,7 @@ import tyro
 from rich.progress import Progress
 from tyro.conf import OmitArgPrefixes
 
-from agents.averaging import default_rules, evaluate_averages, record_policy
+from agents.averaging import evaluate_averages, record_policy
 from agents.checkpoint import newest
 from agents.environments import EnvironmentFault
 from agents.malloc import keep_freed_memory
@@ -44,6 +44,7 @@ from scripts.experiment.life import Run
 from scripts.experiment.locks import Hold
 from scripts.experiment.room import require_room, size
 from scripts.experiment.run_folder import new_run_folder
+from scripts.experiment.schemes import SHOWN, rules_of
 from scripts.experiment.shipping import require_enough, ship
 from scripts.experiment.terminal import stop_signals, unfailing_output, whole_numbers
 from scripts.experiment.trust import require_trusted
@@ -286,7 +287,7 @@ def build(algo: str, options: Options[Any]) -> tuple[Training, PolicyAverages | 
         require_enough(options.ship, "actor" in training.agent.targets)
     if not options.averages:
         return training, None
-    rules = default_rules(training.total_updates)
+    rules = rules_of(SHOWN, training.total_updates)
     averages = record_policy(training, rules, options.segments)
     evaluate_averages(training, averages)
     return training, averages

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.averaging import default_rules, evaluate_averages, record_policy
+from agents.averaging import evaluate_averages, record_policy
 from agents.ddpg import DDPGConfig
 from agents.dqn import DQNConfig
 from agents.sac import SACConfig
@@ -10,6 +10,7 @@ from agents.training import TrainConfig, Training
 from polyak_rl import Tail, Uniform
 from scripts import posthoc, train
 from scripts.experiment.finished import read
+from scripts.experiment.schemes import SHOWN, rules_of
 
 DQN = ("dqn", DQNConfig(hidden=(16, 16), learning_starts=50, batch_size=16), "CartPole-v1")
 DDPG = ("ddpg", DDPGConfig(hidden=(16, 16), learning_starts=50, batch_size=16), "Pendulum-v1")
@@ -26,7 +27,7 @@ def training(agent, steps=400, seeds=(1,)):
 @AGENTS
 def test_training_with_averages_is_the_same_bit_for_bit(agent):
     plain, averaged = training(agent), training(agent)
-    averages = record_policy(averaged, default_rules(averaged.total_updates))
+    averages = record_policy(averaged, rules_of(SHOWN, averaged.total_updates))
     evaluate_averages(averaged, averages)
     for each in (plain, averaged):
         each.run()
@@ -47,7 +48,7 @@ def test_training_with_averages_is_the_same_bit_for_bit(agent):
 def test_it_averages_what_acts(agent):
     """DQN: the Q network; DDPG and SAC: the actor. Not the critic, not the temperature."""
     run = training(agent)
-    averages = record_policy(run, default_rules(run.total_updates))
+    averages = record_policy(run, rules_of(SHOWN, run.total_updates))
     acts = {"dqn": "q", "ddpg": "actor", "sac": "actor"}[agent[0]]
     expected = {name for name, _ in getattr(run.agent, acts).named_parameters()}
     assert averages.average("tail50").keys() == expected
@@ -56,7 +57,7 @@ def test_it_averages_what_acts(agent):
 @AGENTS
 def test_an_average_of_a_real_run_equals_the_mean_of_its_iterates(agent):
     run = training(agent)
-    averages = record_policy(run, default_rules(run.total_updates))
+    averages = record_policy(run, rules_of(SHOWN, run.total_updates))
     iterates = []
     run.recorders.append(lambda: iterates.append(averages.last()))
     run.run()
@@ -87,10 +88,10 @@ def test_averages_are_of_nothing_but_trained_iterates():
 
 def test_a_seed_has_the_same_averages_alone_and_beside_others():
     together = training(DDPG, seeds=(1, 2, 3))
-    both = record_policy(together, default_rules(together.total_updates))
+    both = record_policy(together, rules_of(SHOWN, together.total_updates))
     together.run()
     alone = training(DDPG, seeds=(2,))
-    single = record_policy(alone, default_rules(alone.total_updates))
+    single = record_policy(alone, rules_of(SHOWN, alone.total_updates))
     alone.run()
     for which in ("ema1", Tail(0.25)):
         ours, theirs = both.average(which), single.average(which)

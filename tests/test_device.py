@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from agents.averaging import default_rules, record_policy
+from agents.averaging import record_policy
 from agents.checkpoint import Checkpoints, newest, restore
 from agents.pixels import FrameReplay
 from agents.presets import preset
@@ -28,6 +28,7 @@ from polyak_rl import (
     Window,
     flatten_,
 )
+from scripts.experiment.schemes import SHOWN, rules_of
 from tests.pretended_cuda import CaptureError, Device, pretend
 
 pytestmark = pytest.mark.cuda
@@ -255,7 +256,7 @@ def test_a_seeds_run_is_the_same_beside_others():
 
 def averaged(*arguments, **options):
     one = training(*arguments, **options)
-    return one, record_policy(one, default_rules(one.total_updates), capacity=20)
+    return one, record_policy(one, rules_of(SHOWN, one.total_updates), capacity=20)
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from agents.averaging import default_rules, record_policy
+from agents.averaging import record_policy
 from agents.checkpoint import Checkpoints
 from agents.dqn import DQNConfig
 from agents.training import TrainConfig, Training
 from scripts.experiment.run_folder import RunFolder
+from scripts.experiment.schemes import SHOWN, rules_of
 
 
 class Short(gym.Env):
@@ -53,7 +54,7 @@ def run(path, steps, checks):
     config = TrainConfig("test/Short-v0", steps, eval_every=steps // 20, eval_episodes=5)
     agent = DQNConfig(hidden=(8,), batch_size=8, buffer_size=1000, train_every=16)
     training = Training("dqn", agent, config)
-    averages = record_policy(training, default_rules(training.total_updates), 32)
+    averages = record_policy(training, rules_of(SHOWN, training.total_updates), 32)
     folder = RunFolder(path, "dqn", 1, config, agent)
     training.logs = (folder,)
     checkpoints, seen = Checkpoints(path / "checkpoint", training, averages), {}

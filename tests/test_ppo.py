@@ -15,8 +15,8 @@ from scripts import compare
 from scripts.experiment import driver, ppo, results
 from scripts.experiment.jobs import Job, Options, plan
 from scripts.experiment.locks import Hold
-from scripts.experiment.measurement import rules, run
-from scripts.experiment.schemes import SCHEMES, TARGET
+from scripts.experiment.measurement import run
+from scripts.experiment.schemes import SCHEMES, TARGET, rules_of
 from tests.test_compare import TINY, rows
 from tests.test_experiment import run_until, tables
 
@@ -109,7 +109,7 @@ def test_the_registered_timeline_is_fine_enough_for_every_scheme():
         done = clock // each
         if clock % each == 0 and done >= 15:  # the rollouts of the points from 80 % on
             due = {"always", "late", *["end"] * (done == rollouts)}
-            for name, rule in rules(each * rollouts).items():
+            for name, rule in rules_of(SCHEMES.values(), each * rollouts).items():
                 if SCHEMES[name].when in due and name != "ema1":  # which the bank has
                     worst[name] = max(worst.get(name, 0), timeline.weight_error(rule))
     assert worst.keys() == {name for name, s in SCHEMES.items() if s.rule} - {"ema1"}

@@ -17,7 +17,7 @@ from scripts.experiment.analysis import Effect, contrast, gain
 from scripts.experiment.page import Page
 from scripts.experiment.registered import REGISTRATION, Prediction, Study, divide, place
 from scripts.experiment.registered_report import RegisteredReport
-from scripts.experiment.schemes import KNOWN, SCHEMES
+from scripts.experiment.schemes import KNOWN, SCHEMES, is_late
 from scripts.experiment.study import CELLS
 from scripts.experiment.tidy import COLUMNS, SCALES, Stratum, read_results, read_runs
 from scripts.experiment.wording import plain
@@ -610,3 +610,9 @@ def test_missing_columns_and_missing_files_are_named(tmp_path, capsys):
     (tmp_path / "broken.csv.gz").write_bytes(b"\x1f\x8b not gzip")
     assert report.main([str(tmp_path)]) == 2
     assert "cannot be read as a table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("total", [12_346, 50_000, 99_999])
+def test_the_last_five_of_twenty_points_are_late_wherever_they_fall(total):
+    points = np.arange(1, 21)
+    assert np.array_equal(is_late(total * points // 20, total), points >= 16)

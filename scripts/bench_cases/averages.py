@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from agents.averaging import default_rules, record_policy
+from agents.averaging import record_policy
 from agents.sac import SACConfig
 from agents.training import Training
 from polyak_rl import AverageBank, Ema, PolicyAverages, Power, Rule, Uniform, Window, flatten_
@@ -13,6 +13,7 @@ from scripts.bench_cases.floors import COPY
 from scripts.bench_cases.timing import STEP, Bench, Contender, call_all
 from scripts.bench_cases.trainings import filled, learn
 from scripts.bench_cases.updates import dense
+from scripts.experiment.schemes import SHOWN, rules_of
 
 BLOCK = 32  # updates after which a bank takes them in: calls hold so many, lest turns differ
 PLAIN, DEFAULT, TWELVE = "without averages", "default averages", "12 averages and a timeline"
@@ -32,7 +33,10 @@ def twelve_rules(updates: int) -> dict[str, Rule]:
     return rules
 
 
-RULES: dict[str, Callable[[int], dict[str, Rule]]] = {DEFAULT: default_rules, TWELVE: twelve_rules}
+RULES: dict[str, Callable[[int], dict[str, Rule]]] = {
+    DEFAULT: partial(rules_of, SHOWN),
+    TWELVE: twelve_rules,
+}
 
 
 def averages_of(

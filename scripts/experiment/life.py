@@ -27,6 +27,7 @@ from scripts.experiment.finished import CANDIDATES, CHOICE, SHIPPED
 from scripts.experiment.locks import Hold
 from scripts.experiment.paths import beside, refuse_link
 from scripts.experiment.run_folder import AVERAGES, HEADER, RunFolder, rows_until
+from scripts.experiment.schemes import TARGET
 
 CHECKPOINT = "checkpoint"
 
@@ -113,7 +114,7 @@ class Run:
         if bank:
             found |= {name: bank.average(name) for name in bank.rules}
         if target := self.training.agent.targets.get("actor"):
-            found["target"] = dict(target.module.named_parameters())
+            found[TARGET.name] = dict(target.module.named_parameters())
         return found
 
     def close(self) -> None:

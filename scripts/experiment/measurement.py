@@ -37,7 +37,7 @@ from scripts.experiment.jobs import Job, from_plain, plain
 from scripts.experiment.locks import LOCK, Hold
 from scripts.experiment.paths import own_folder
 from scripts.experiment.run_folder import TABLE, RunFolder
-from scripts.experiment.schemes import LATE, SCHEMES
+from scripts.experiment.schemes import LAST, PLACEBO, SCHEMES, TARGET, is_late, rules_of
 
 Report = Callable[[int], None]
 SetUp = Callable[[Job, list[Path], Hold], "Measurement"]
@@ -143,12 +143,8 @@ def recorded(job: Job) -> tuple[Training, PolicyAverages]:
 
 def in_bank(updates: int) -> dict[str, Rule]:
     """The averages of a run of so many updates that are too fine for a timeline."""
-    return {name: rule for name, rule in rules(updates).items() if isinstance(rule, Ema)}
-
-
-def rules(updates: int) -> dict[str, Rule]:
-    """All averages of a run of so many updates, by scheme."""
-    return {name: each.rule(updates) for name, each in SCHEMES.items() if each.rule}
+    rules = rules_of(SCHEMES.values(), updates)
+    return {name: rule for name, rule in rules.items() if isinstance(rule, Ema)}
 
 
 def write_ending(folder: RunFolder, measure: "Measurement") -> None:
@@ -241,7 +237,7 @@ class Measurement:
         job = self.job
         assert self.averages.timeline is not None
         self.timeline = self.averages.timeline
-        self.rules = rules(self.training.total_updates)
+        self.rules = rules_of(SCHEMES.values(), self.training.total_updates)
         # The weights of past iterates that wait for the end, by scheme.
         self.checkpoints: dict[str, dict[str, Tensor]] = {}
         self.common, self.other = (  # [S, E] each
@@ -275,7 +271,7 @@ class Measurement:
     def at(self, point: int) -> None:
         """Evaluate what is due at a point, 1 to `points`, and write it down."""
         job, final = self.job, point == self.job.points
-        late = point >= LATE * job.points
+        late = is_late(self.step(point), job.steps())
         # Few segments lie behind an early point: there a border segment may count for a lot.
         self.timeline.max_weight_error = 0.05 if late else 1.0
         due = {"always", *["late"] * late, *["end"] * final}
@@ -283,15 +279,15 @@ class Measurement:
             if scheme.is_checkpoint and scheme.until == 100 * point / job.points:
                 self.checkpoints[scheme.name] = self.averages.last()
             if scheme.when in due and (weights := self.weights(scheme.name)) is not None:
-                seeds = self.other if scheme.name == "placebo" else self.common
+                seeds = self.other if scheme is PLACEBO else self.common
                 seeds = seeds if final else seeds[:, : job.episodes]
                 self._play(self.step(point), scheme.name, weights, seeds)
 
     def weights(self, scheme: str) -> Mapping[str, Tensor] | None:
         """The policy's weights [S, ...] under a scheme, by name; None where there are none."""
-        if scheme in ("last", "placebo"):
+        if scheme in (LAST.name, PLACEBO.name):
             return self.averages.last()
-        if scheme == "target":
+        if scheme == TARGET.name:
             return dict(self.target.module.named_parameters()) if self.target else None
         if scheme in self.rules:
             in_bank = scheme in self.averages.rules

@@ -12,6 +12,7 @@ from scripts.experiment.figures import DOSE, FOREST, dose_rows, draw_dose, draw_
 from scripts.experiment.headline import PLACE, headline
 from scripts.experiment.page import Page
 from scripts.experiment.registered import BUDGET, CHOOSE, Rule, Study, commit_of, provenance
+from scripts.experiment.replay import BUDGETS
 from scripts.experiment.schemes import PRIMARY
 from scripts.experiment.wording import (
     OVERVIEW,
@@ -150,14 +151,13 @@ class RegisteredReport:
             "checkpoints": "best of last and five checkpoints, equal numbers",
             "choose": "polyak_rl.choose among all, prior tail25",
         }
-        budgets = (0, 5, 12, 36, 60, 120)
         rows = []
         for rule, about in rules.items():
-            worth = [self.study.chosen(rule, budget) for budget in budgets]
+            worth = [self.study.chosen(rule, budget) for budget in BUDGETS]
             rows.append(
                 [plain(about), *(interval(Effect(tuple(map(present, x))).interval) for x in worth)]
             )
-        self.page.table(["minus always tail25", *(f"{b} episodes" for b in budgets)], rows)
+        self.page.table(["minus always tail25", *(f"{b} episodes" for b in BUDGETS)], rows)
         self.page.text(
             "Mean over cells 1 to 3 in normalised score, 95 % t intervals, not adjusted. Chosen on"
             " some of the final episodes, scored on the others, 200 random splits a run. Without a"

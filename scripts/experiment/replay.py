@@ -6,13 +6,14 @@ import numpy as np
 
 from polyak_rl.choose import choose, one_by_one, rounds
 from scripts.experiment.registered import Rule
-from scripts.experiment.schemes import LAST, PRIMARY, SCHEMES
+from scripts.experiment.schemes import LAST, PRIMARY, SCHEMES, TARGET
 from scripts.experiment.stats import Floats
 
 SPLITS = 200
+BUDGETS = (0, 5, 12, 36, 60, 120)  # episodes to choose on, in all
 CANDIDATES: Mapping[Rule, list[str]] = {
-    "windows": ["tail5", *(f"window{end}" for end in range(95, 50, -5))],
-    "choose": [LAST.name, "target", *(name for name, scheme in SCHEMES.items() if scheme.rule)],
+    "windows": ["tail5", *(name for name, s in SCHEMES.items() if s.rule and s.until)],
+    "choose": [LAST.name, TARGET.name, *(name for name, s in SCHEMES.items() if s.rule)],
     "checkpoints": [LAST.name, *(name for name, s in SCHEMES.items() if s.is_checkpoint)],
 }
 

@@ -25,9 +25,8 @@ from agents.versions import versions
 from polyak_rl.files import write_whole
 from scripts.experiment.events import EventFile, summary
 from scripts.experiment.paths import folder_name
-from scripts.experiment.schemes import SCHEMES
+from scripts.experiment.schemes import LAST, SHOWN
 
-SHOWN = [SCHEMES[name] for name in ("tail50", "ema1")]  # what every run is evaluated with
 CHARTS = {
     "evaluation": {f"last iterate, {s.label}": f"eval/(last|{s.name})$" for s in SHOWN}
     | {"every scheme": "eval/.*"},
@@ -172,7 +171,7 @@ class RunFolder:
         (self.path / TABLE).stat()  # a run whose folder is gone does not go on
         self.size += len(data)
         self._digest.update(data)
-        if scheme == "last":
+        if scheme == LAST.name:
             self.last.append((step, returns))
 
     def sync(self) -> None:
@@ -206,7 +205,7 @@ class RunFolder:
 
     def _events_of(self, scheme: str) -> EventFile:
         """Where a scheme's evaluations go."""
-        if scheme == "last":
+        if scheme == LAST.name:
             return self.events
         self.averaged[scheme] = None
         if self.averages is None:
@@ -237,7 +236,7 @@ def _evaluations_of_last(rows: bytes) -> list[tuple[int, NDArray[np.float64]]]:
     """The steps and returns of the last iterate's evaluations in a table."""
     returns = dict[int, list[float]]()
     for step, scheme, _, total, _ in csv.reader(rows.decode().splitlines()[1:]):
-        if scheme == "last":
+        if scheme == LAST.name:
             returns.setdefault(int(step), []).append(float(total))
     return [(step, np.array(each)) for step, each in returns.items()]
 

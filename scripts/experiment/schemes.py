@@ -1,13 +1,19 @@
 """The policies that a run is evaluated with: which weights, under which name, and when."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from polyak_rl import Between, Ema, Rule, Tail, Uniform
 
 LATE = 0.8
 """Evaluations from this share of the run on are stopping times of the second endpoint."""
+
+
+def is_late(step: Any, end: Any) -> Any:
+    """Whether an evaluation at a step, or at each of an array, is from `LATE` of the run on."""
+    return step > LATE * end - 1  # a point of the run is rounded down to a whole step
+
 
 When = Literal["always", "late", "end", "never"]
 
@@ -60,6 +66,11 @@ def checkpoint(percent: int) -> Scheme:
     )
 
 
+def rules_of(schemes: Iterable[Scheme], updates: int) -> dict[str, Rule]:
+    """The averages among the schemes by name, in a run of so many updates."""
+    return {scheme.name: scheme.rule(updates) for scheme in schemes if scheme.rule}
+
+
 def table(*schemes: Scheme) -> dict[str, Scheme]:
     """The schemes by name."""
     return {scheme.name: scheme for scheme in schemes}
@@ -69,17 +80,20 @@ LAST = Scheme("last", "last iterate", "always")
 PRIMARY = tail(25, "always")
 TARGET = Scheme("target", "the target actor", "late")
 PLACEBO = Scheme("placebo", "placebo: last iterate, other episodes", "end", candidate=False)
+ALL = Scheme(
+    "all", "uniform over all of training", "end", lambda updates: Uniform(), place=("tail", 100)
+)
+SHOWN = (tail(50, "always"), ema(1, "late"))
+"""What every run is evaluated with beside the last iterate."""
 
 SCHEMES = table(
     LAST,
     tail(5, "end"),
     tail(10, "end"),
     PRIMARY,
-    tail(50, "always"),
-    Scheme(
-        "all", "uniform over all of training", "end", lambda updates: Uniform(), place=("tail", 100)
-    ),
-    ema(1, "late"),
+    SHOWN[0],
+    ALL,
+    SHOWN[1],
     TARGET,
     *(window(percent) for percent in range(95, 50, -5)),
     *(checkpoint(percent) for percent in range(95, 70, -5)),
@@ -90,7 +104,7 @@ SCHEMES = table(
 SHIPPABLE = [
     scheme
     for scheme in SCHEMES.values()
-    if scheme.candidate and not scheme.is_checkpoint and scheme.name != "all"
+    if scheme.candidate and not scheme.is_checkpoint and scheme is not ALL
 ]
 """What `scripts.ship` chooses among; windows stand for checkpoints, of which no files are kept."""
 

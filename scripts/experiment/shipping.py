@@ -21,7 +21,7 @@ from polyak_rl.files import write_whole
 from polyak_rl.rules import describe_rule
 from scripts.experiment.episodes import first_episode, note_call, seeds_of
 from scripts.experiment.finished import CHOICE, SHIPPED, AbsentError, FinishedRun, Weights
-from scripts.experiment.schemes import SCHEMES, SHIPPABLE
+from scripts.experiment.schemes import LAST, PRIMARY, SCHEMES, SHIPPABLE, TARGET
 
 Criterion = Literal["mean", "cvar"]
 WORST: dict[Criterion, float] = {"mean": 1.0, "cvar": 0.25}
@@ -51,7 +51,7 @@ def ship(
         OSError: The folder cannot be written.
     """
     weights, left_out = candidates(run)
-    prior = "tail25" if "tail25" in weights else "last"
+    prior = PRIMARY.name if PRIMARY.name in weights else LAST.name
     first = first_episode(run.path, again)
     with closing(run.evaluator()) as evaluator, Progress() as progress:
         choice = choose(
@@ -87,7 +87,7 @@ def candidates(run: FinishedRun) -> tuple[dict[str, Weights], dict[str, str]]:
 
 def names(has_target: bool) -> list[str]:
     """The candidates of a run that has kept everything."""
-    return [scheme.name for scheme in SHIPPABLE if scheme.name != "target" or has_target]
+    return [scheme.name for scheme in SHIPPABLE if scheme is not TARGET or has_target]
 
 
 def require_enough(episodes: int, has_target: bool) -> None:

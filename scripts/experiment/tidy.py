@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyak_rl.choose import mean_of_worst
-from scripts.experiment.schemes import KNOWN, LATE
+from scripts.experiment.schemes import KNOWN, is_late
 from scripts.experiment.stats import Floats
 
 COLUMNS = ("run", "env", "algo", "seed", "scheme", "step", "episode", "return")
@@ -132,7 +132,7 @@ class Stratum:
 
     def late(self, scheme: str, *beside: str) -> Floats:
         """The normalised mean over the points from `LATE` of the run on, [N]; NaN as above."""
-        points = self.curve(scheme)[:, self.share >= LATE - 1e-9]
+        points = self.curve(scheme)[:, is_late(self.steps, self.steps[-1])]
         points[:, -1] = self.shipped(scheme, *beside)
         return np.asarray(points.mean(axis=1))
 
