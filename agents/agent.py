@@ -18,7 +18,6 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from agents.optimizers import Descent
-from agents.replay import Batch
 from agents.seeding import Draw
 from polyak_rl import TargetNetwork
 
@@ -99,9 +98,6 @@ class Agent(Protocol):
         seeds: One training seed per agent.
         device: Where the networks live.
         total_steps: Environment steps of the whole run, to which schedules are tied.
-
-    Raises:
-        ValueError: A setting is not within its limits.
     """
 
     targets: dict[str, TargetNetwork]
@@ -119,7 +115,10 @@ class Agent(Protocol):
 
     @property
     def learn(self) -> Callable[..., dict[str, Tensor]]:
-        """The gradient step for a batch, draws and turns, in this order: it can be one program."""
+        """One gradient step, for a batch, `draws` and turns, in this order: it can be one program.
+
+        Returns tags with values [S, ...] on the device, shown by their means.
+        """
         ...
 
     @property
@@ -137,10 +136,6 @@ class Agent(Protocol):
 
         It can be one program, and is not asked before learning starts where its draws are normal.
         """
-        ...
-
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step; tags with values [S, ...] on the device, shown by their means."""
         ...
 
     def charts(self, step: int) -> dict[str, float]:
@@ -175,6 +170,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "eval_every": (0, math.inf),
     "eval_episodes": (1, 2**20),
     "eval_processes": (1, 2**10),
+    "max_episode_steps": (1, math.inf),
     "log_every": (1, math.inf),
     "lr_decay_until": (1e-12, 1.0),
     "lr_floor": (0.0, 1.0),

@@ -12,7 +12,8 @@ https://arxiv.org/abs/1509.02971, Algorithm 1.
 | R, replay buffer | the training loop's `Replay`, `buffer_size` |
 | y_i | `y` in `learn` |
 
-Deviations, all shared with Stable-Baselines3, whose defaults these are:
+Deviations, all to be had with Stable-Baselines3, whose values the config's are but for the noise:
+- y is r alone where s' is terminal, which the paper leaves out;
 - the noise is Gaussian and uncorrelated: Fujimoto et al. 2018 (https://arxiv.org/abs/1802.09477)
   saw no gain from the Ornstein-Uhlenbeck process;
 - the critic takes the action at its first layer, not its second, and has no weight decay and no
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.agent import AgentConfig, Turns, check
+from agents.agent import AgentConfig, Turns
 from agents.networks import Critic, DeterministicActor
 from agents.optimizers import Descent
 from agents.replay import Batch
@@ -59,7 +60,6 @@ class DDPG:
         device: torch.device | str,
         total_steps: int,
     ) -> None:
-        check(config)
         self.config = config
         self.action_dim = action_dim
         self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
@@ -90,10 +90,6 @@ class DDPG:
         action: Tensor = self.actor(obs)
         return (action + self.config.noise_std * noise).clamp(-1, 1)
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
-        return self.learn(batch, *self.turns.next())
-
     def learn(self, batch: Batch, follow: bool) -> dict[str, Tensor]:
         """The gradient step without decisions: whether the target networks follow is given."""
         s, a, r, terminated, s_next = batch
@@ -112,7 +108,7 @@ class DDPG:
         actor_loss = -self.critic(s, self.actor(s)).squeeze(1)  # [S, B]
         self.descent.step("actor", actor_loss)
 
-        # theta' <- tau theta + (1 - tau) theta'
+        # theta' <- tau theta + (1 - tau) theta', unless the target is a hard one
         if follow:
             for target in self.targets.values():
                 target.update()

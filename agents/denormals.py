@@ -12,10 +12,11 @@ _SMALLEST = 2.2250738585072014e-308  # of float64's normal numbers
 def flushed() -> Iterator[None]:
     """Inside, this thread of a CPU takes float32 numbers below 1.2e-38 in size for 0.
 
-    Adam's first moment of a unit that no longer fires shrinks by a tenth at each step and after
-    some 800 is such a number, for good; with them a processor is many times slower, and half of a
-    policy's units may be so. Divided by the square root of the second moment plus 1e-8 it moves no
-    weight. What held outside holds there again.
+    Adam's moments of a weight whose gradient stays 0, as behind a unit that no longer fires, end as
+    such numbers and never reach 0: the first after some 800 steps, the second after some 70,000.
+    Arithmetic on them is many times slower, and half of a policy's weights may be so. None of them
+    can move a weight: a step is the first moment over more than 1e-8. Other threads, and what held
+    outside, stay as they were.
 
     Example:
         >>> tiny = torch.tensor(1e-30)

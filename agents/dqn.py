@@ -8,6 +8,7 @@ van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461.
 | Q(s, a; theta) | `q` |
 | Q^(s, a; theta^-), reset to theta every C updates | `q_target`, `target_update_every` |
 | D, replay memory of N transitions | the training loop's `Replay`, `buffer_size` |
+| replay start size, before which actions are random | `learning_starts` |
 | the network and the memory of images | `agents/pixels.py`, where observations are images |
 | epsilon, annealed linearly | `epsilon(step)` |
 | y_j | `y` in `learn` |
@@ -16,8 +17,7 @@ Deviations, all shared with Stable-Baselines3, whose defaults these are:
 - the Huber loss stands for the clipping of the error term: the same gradient, and a loss to show
   (its minimum is no mean: where rewards vary by more than 1, values are those of a trimmed one);
 - rewards are not clipped, the gradient's norm is: the tasks have no common reward scale;
-- Adam stands for RMSProp, which needs a rate of its own for each task;
-- actions are random until `learning_starts`, whatever epsilon says.
+- Adam stands for RMSProp, which needs a rate of its own for each task.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.agent import AgentConfig, Target, Turns, check
+from agents.agent import AgentConfig, Target, Turns
 from agents.networks import QNetwork
 from agents.optimizers import Descent
 from agents.pixels import PixelQNetwork
@@ -74,7 +74,6 @@ class DQN:
         device: torch.device | str,
         total_steps: int,
     ) -> None:
-        check(config)
         c = self.config = config
         self.action_dim = action_dim
         self.annealing_steps = c.exploration_fraction * total_steps
@@ -114,10 +113,6 @@ class DQN:
             return (pick * self.action_dim).long() if random else self.q.act(obs)
         return torch.where(coin < epsilon, (pick * self.action_dim).long(), self.q.act(obs))
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
-        return self.learn(batch, *self.turns.next())
-
     def learn(self, batch: Batch, follow: bool) -> dict[str, Tensor]:
         """The gradient step without decisions: whether the target network follows is given."""
         s, a, r, terminated, s_next = batch
@@ -137,7 +132,7 @@ class DQN:
         loss = F.huber_loss(q, y, reduction="none")  # [S, B]
         self.descent.step("q", loss)
 
-        # every C gradient steps: theta^- <- theta
+        # every C gradient steps: theta^- <- theta, unless the target is a soft one
         if follow:
             for target in self.targets.values():
                 target.update()

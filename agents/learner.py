@@ -12,6 +12,12 @@ from agents.seeding import Law, Streams, ahead, words_of
 from polyak_rl import PolicyAverages
 
 
+def update(agent: Agent, batch: Batch) -> dict[str, Tensor]:
+    """An agent's next gradient step, with new draws for its `batch_size` transitions."""
+    draws = [streams.draw(law, shape) for streams, law, shape in agent.draws]
+    return agent.learn(batch, *draws, *agent.turns.next())
+
+
 class Learner:
     """Lets an agent learn from batches that are drawn from its replay buffer.
 
@@ -78,11 +84,11 @@ class Learner:
         Raises:
             ValueError: Nothing is stored to learn from.
         """
-        self.replay.require_some()
         if self.program is None:
             batch_size = self.agent.config.batch_size
             self._batches = self.replay.batches(batch_size, self.sampling, count)
             return
+        self.replay.require_some()
         self.program.renew()
         if not self.program.recorded:
             for target in self.agent.targets.values():
@@ -95,7 +101,7 @@ class Learner:
     def step(self) -> dict[str, Tensor]:
         """The next gradient step; tags with values [S, ...] on the device."""
         if self.program is None:
-            tags = self.agent.update(next(self._batches))
+            tags = update(self.agent, next(self._batches))
             for averages in self.averages:
                 averages.record()
             return tags

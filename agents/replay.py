@@ -15,7 +15,7 @@ DRAWN_AT_ONCE = 2**18
 
 
 class Batch(NamedTuple):
-    """B transitions of each of S seeds, all float32.
+    """B transitions of each of S seeds, float32 but for images, which are uint8.
 
     `terminated` is 1 where the environment ended by its own rules and the future is worth nothing;
     an episode cut by a time limit has 0 there, and `next_obs` is its real last observation.

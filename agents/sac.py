@@ -15,6 +15,7 @@ https://arxiv.org/abs/1812.05905, Algorithm 1: the version with a learned temper
 Deviations, all shared with Stable-Baselines3, whose defaults and order of updates these are:
 - the temperature's loss is linear in log alpha, not in alpha: -log alpha (log pi + H-bar); the
   sign of its gradient is the paper's, and alpha stays positive by itself;
+- y is r alone where s' is terminal, which Algorithm 1 leaves out;
 - alpha moves first, then critics, then actor, all with the alpha of before the step;
 - actions are uniformly random until `learning_starts`.
 
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.agent import AgentConfig, Turns, check
+from agents.agent import AgentConfig, Turns
 from agents.networks import Critic, GaussianActor
 from agents.optimizers import Descent
 from agents.replay import Batch
@@ -67,7 +68,6 @@ class SAC:
         device: torch.device | str,
         total_steps: int,
     ) -> None:
-        check(config)
         self.config = config
         self.action_dim = action_dim
         self.target_entropy = (
@@ -106,11 +106,6 @@ class SAC:
         mean, log_std = self.actor(obs)
         return torch.tanh(mean + log_std.exp() * noise)
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
-        noise = self.reparameterisation.normal(2, *batch.action.shape[1:])
-        return self.learn(batch, noise, *self.turns.next())
-
     def learn(self, batch: Batch, noise: Tensor, follow: bool) -> dict[str, Tensor]:
         """The gradient step without random draws and decisions.
 
@@ -148,7 +143,7 @@ class SAC:
         actor_loss = alpha * log_pi - q_pi  # [S, B]
         self.descent.step("actor", actor_loss)
 
-        # thetabar_i <- tau theta_i + (1 - tau) thetabar_i
+        # thetabar_i <- tau theta_i + (1 - tau) thetabar_i, unless the target is a hard one
         if follow:
             for target in self.targets.values():
                 target.update()

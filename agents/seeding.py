@@ -26,7 +26,6 @@ class Purpose(IntEnum):
     EPISODE = 4
     EVALUATION = 5
     PLACEBO = 6
-    ORACLE = 7
     POSTHOC = 8
     RANDOM = 9
 
@@ -66,7 +65,7 @@ class Streams:
 
     Example:
         >>> both, alone = Streams(Purpose.UPDATE, [1, 2]), Streams(Purpose.UPDATE, [2])
-        >>> torch.equal(both.normal(3)[1], alone.normal(3)[0])
+        >>> torch.equal(both.draw("normal", (3,))[1], alone.draw("normal", (3,))[0])
         True
     """
 
@@ -86,14 +85,6 @@ class Streams:
             keys = torch.tensor([[_key(purpose, seed) - 2**63] for seed in seeds])
             self._keys = keys.to(device)  # [S, 1]
             self._start = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers [S, *shape]."""
-        return self.draw("normal", shape)
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Numbers [S, *shape] from [0, 1)."""
-        return self.draw("uniform", shape)
 
     def draw(self, law: Noise, shape: tuple[int, ...]) -> Tensor:
         """Numbers [S, *shape] by their law."""

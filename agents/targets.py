@@ -15,8 +15,8 @@ def target_networks(
 
     | `config.target` | theta', from which values are bootstrapped |
     |---|---|
-    | "soft" | theta' <- tau theta + (1 - tau) theta' at every gradient step |
-    | "hard" | theta' <- theta at every `target_update_every`-th |
+    | "soft" | theta' <- tau theta + (1 - tau) theta' at every update |
+    | "hard" | theta' <- theta at every `target_update_every`-th gradient step |
     | "none" | theta itself: there is no copy |
 
     Args:

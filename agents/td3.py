@@ -12,8 +12,8 @@ Q-learning, delayed updates of the policy, and smoothing of the target policy.
 | d, tau | `policy_delay`, `tau` |
 | B, replay buffer | the training loop's `Replay`, `buffer_size` |
 
-Deviations, all shared with Stable-Baselines3, whose defaults these are:
-- a batch has 256 transitions, not 100;
+Deviations, all to be had with Stable-Baselines3, whose values the config's are but for the noise:
+- y is r alone where s' is terminal, which Algorithm 1 leaves out;
 - the smoothed target action is clipped to the range of actions, as in the authors' code.
 
 Actions are in [-1, 1] here and in the replay buffer; the training loop scales them.
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.agent import Turns, check
+from agents.agent import Turns
 from agents.ddpg import DDPGConfig
 from agents.networks import Critic, DeterministicActor
 from agents.optimizers import Descent
@@ -61,7 +61,6 @@ class TD3:
         device: torch.device | str,
         total_steps: int,
     ) -> None:
-        check(config)
         self.config = config
         self.action_dim = action_dim
         self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
@@ -93,11 +92,6 @@ class TD3:
         """Noisy actions: obs [S, n, O], normal draws [S, n, A] -> [S, n, A]."""
         action: Tensor = self.actor(obs)
         return (action + self.config.noise_std * noise).clamp(-1, 1)
-
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step of every agent on its own batch; returns tags with values [S, ...]."""
-        noise = self.smoothing.normal(*batch.action.shape[1:])
-        return self.learn(batch, noise, *self.turns.next())
 
     def learn(
         self, batch: Batch, noise: Tensor, actors_turn: bool, follow: bool
@@ -133,7 +127,8 @@ class TD3:
             self.descent.step("actor", actor_loss)
             tags["losses/actor_loss"] = actor_loss.detach()
 
-        # every d gradient steps: theta_i' <- tau theta_i + (1 - tau) theta_i', phi' likewise
+        # every d gradient steps: theta_i' <- tau theta_i + (1 - tau) theta_i', phi' likewise,
+        # unless the targets are hard ones
         if follow:
             for target in self.targets.values():
                 target.update()

@@ -116,7 +116,6 @@ class Training:
     Attributes:
         step: Environment steps taken, per seed.
         updates: Gradient steps taken.
-        recorders: Called after every gradient step.
         schemes: Name -> function that returns policy weights, which are evaluated, or None where
             there are none yet. "last" is there.
         diagnostics: Functions that return tags with values [S], called for a log line.
@@ -227,7 +226,6 @@ class Training:
         self.schemes: dict[str, Callable[[], Mapping[str, Tensor] | None]] = {
             "last": lambda: dict(self.agent.policy.named_parameters())
         }
-        self.recorders: list[Callable[[], None]] = []
         self.diagnostics: list[Callable[[], Mapping[str, Tensor]]] = []
         self.stopping = False
 
@@ -272,7 +270,7 @@ class Training:
             self.evaluate()
 
     def learn(self, count: int) -> None:
-        """Take so many gradient steps, and let the recorders record what came of each."""
+        """Take so many gradient steps."""
         if self.config.compile:
             self._require_as_recorded()
         self.learner.begin(count)
@@ -284,19 +282,17 @@ class Training:
         if self.config.lr_decay == "linear":
             for optimizer, rate in self.rates:
                 optimizer.param_groups[0]["lr"] = rate * self._decay()
-        if self.agent.config.tau_end is not None:
+        if (end := self.agent.config.tau_end) is not None:
             for target in self.agent.targets.values():
                 if isinstance(target.tau, Tensor):
-                    target.tau.fill_(self._tau())
+                    target.tau.fill_(self._tau(end))
                 else:
-                    target.tau = self._tau()
+                    target.tau = self._tau(end)
         if self.agent.descent.watch.full:
             self.require_finite()
         self.losses |= self.learner.step()  # what is rarer, TD3's actor loss, stays
         self.agent.descent.watch.count(self.step, noted=self.config.compile)
         self.updates += 1
-        for record in self.recorders:
-            record()
 
     def require_finite(self) -> None:
         """Read what the agent's guard has noticed; called at log lines and before checkpoints.
@@ -396,8 +392,9 @@ class Training:
                     "a vector environment that resets in the same step must return the last "
                     'observation of an episode in info["final_obs"], and there is none'
                 )
-            for i in np.flatnonzero(ended):
-                next_obs.reshape(observed.shape)[i] = final[i]
+            with np.errstate(over="ignore"):  # as in `_observations`
+                for i in np.flatnonzero(ended):
+                    next_obs.reshape(observed.shape)[i] = final[i]
 
         stored = real
         if skip:
@@ -459,12 +456,10 @@ class Training:
         left = 1 - self.updates / (c.lr_decay_until * self.total_updates)
         return max(c.lr_floor, left)
 
-    def _tau(self) -> float:
-        """The weight in the next update of a soft target: on a line from `tau` to `tau_end`."""
-        c = self.agent.config
-        progress = self.updates / max(1, self.total_updates)
-        end = c.tau if c.tau_end is None else c.tau_end
-        return c.tau + progress * (end - c.tau)
+    def _tau(self, end: float) -> float:
+        """The weight in the next update of a soft target: on a line from `tau` to its end."""
+        tau = self.agent.config.tau
+        return tau + self.updates / max(1, self.total_updates) * (end - tau)
 
     def _log_diagnostics(self) -> None:
         step, now = self.logged_at
@@ -472,8 +467,8 @@ class Training:
         if self.config.on_nonfinite == "skip":
             charts["charts/skipped"] = self.skipped
         charts["charts/SPS"] = (self.step - step) / (time.perf_counter() - now)
-        if self.agent.config.tau_end is not None:
-            charts["charts/tau"] = self._tau()
+        if (end := self.agent.config.tau_end) is not None:
+            charts["charts/tau"] = self._tau(end)
         self.require_finite()
         tensors = {tag: x.reshape(len(x), -1).mean(1) for tag, x in self.losses.items()}
         for name, target in self.agent.targets.items():

@@ -197,10 +197,6 @@ def parse(argv: Sequence[str]) -> tuple[str, Options[Any]]:
         parser.add_argument("algo", choices=ALGORITHMS, help="its options: ALGO --help")
         parser.parse_args(argv[:1])  # which exits
     algo, *words = argv
-    if algo not in ALGORITHMS:
-        raise ValueError(
-            f"the algorithm must be one of {', '.join(ALGORITHMS)}, got {algo!r}: {prog} --help"
-        )
     if any(word.partition("=")[0] == "--lr" for word in words):
         raise ValueError("there is no --lr: the learning rate is --learning-rate")
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -1,6 +1,6 @@
 """What the tests of the agents share: random batches, plain copies, and one seed beside others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from agents.explorer import explore
+from agents.learner import update
 from agents.replay import Batch, Replay
 from agents.seeding import Purpose, Streams
+from agents.training import Training
 
 
 def random_batch(size: int, obs_dim: int, action_dim: int, *, discrete: bool, seed: int) -> Batch:
@@ -27,6 +29,18 @@ def random_batch(size: int, obs_dim: int, action_dim: int, *, discrete: bool, se
         *(torch.as_tensor(x, dtype=torch.float32) for x in (obs, action, reward, terminated)),
         torch.as_tensor(next_obs, dtype=torch.float32),
     )
+
+
+def after_each_step(training: Training, call: Callable[[], object]) -> None:
+    """Have something done after each gradient step of a training."""
+    step = training.learner.step
+
+    def both() -> dict[str, Tensor]:
+        tags = step()
+        call()
+        return tags
+
+    training.learner.step = both  # type: ignore[method-assign]
 
 
 def plain(network: nn.Module, member: int = 0) -> nn.Sequential:
@@ -74,7 +88,7 @@ def train_on_noise(
     actions = []
     for k in range(updates):
         actions.append(explore(agent, torch.from_numpy(obs[:, k : k + 1]), 5_000 + k))
-        tags = agent.update(replay.sample(config.batch_size, sampling))
+        tags = update(agent, replay.sample(config.batch_size, sampling))
     end = {"actions": torch.stack(actions, dim=1)} | tags
     networks = {"policy": agent.policy} | {k: t.module for k, t in agent.targets.items()}
     for name, network in networks.items():

@@ -11,6 +11,7 @@ from polyak_rl import Tail, Uniform
 from scripts import posthoc, train
 from scripts.experiment.finished import read
 from scripts.experiment.schemes import SHOWN, rules_of
+from tests.agent_cases import after_each_step
 
 DQN = ("dqn", DQNConfig(hidden=(16, 16), learning_starts=50, batch_size=16), "CartPole-v1")
 DDPG = ("ddpg", DDPGConfig(hidden=(16, 16), learning_starts=50, batch_size=16), "Pendulum-v1")
@@ -59,7 +60,7 @@ def test_an_average_of_a_real_run_equals_the_mean_of_its_iterates(agent):
     run = training(agent)
     averages = record_policy(run, rules_of(SHOWN, run.total_updates))
     iterates = []
-    run.recorders.append(lambda: iterates.append(averages.last()))
+    after_each_step(run, lambda: iterates.append(averages.last()))
     run.run()
     assert len(iterates) == run.total_updates
     half = iterates[-(-len(iterates) // 2) :]

@@ -172,31 +172,33 @@ def test_memory_on_its_way_is_not_written_to(cuda):
 
 def test_what_a_seed_draws_depends_on_nobody_beside_it_and_not_on_how_far_ahead():
     together, alone = (Streams(Purpose.UPDATE, seeds, "cuda") for seeds in ([3, 8], [8]))
-    calls = [together.normal(5, 2)[1] for _ in range(70)]
+    calls = [together.draw("normal", (5, 2))[1] for _ in range(70)]
     alone.tell()
     block = alone.after("normal", 70, (5, 2))
     assert torch.equal(torch.stack(calls), block[:, 0])
-    assert not torch.equal(together.normal(5, 2)[0], together.normal(5, 2)[1])
+    assert not torch.equal(together.draw("normal", (5, 2))[0], together.draw("normal", (5, 2))[1])
 
 
 def test_streams_go_on_from_the_middle_of_what_was_made_ahead():
     one = Streams(Purpose.EXPLORATION, [1, 2], "cuda")
     for _ in range(3):
-        one.uniform(7)
+        one.draw("uniform", (7,))
     other = Streams(Purpose.EXPLORATION, [1, 2], "cuda")
     other.load_state_dict(one.state_dict())
-    assert torch.equal(other.uniform(7), one.uniform(7))
-    assert torch.equal(other.normal(3), one.normal(3))  # another law begins after it
+    assert torch.equal(other.draw("uniform", (7,)), one.draw("uniform", (7,)))
+    assert torch.equal(
+        other.draw("normal", (3,)), one.draw("normal", (3,))
+    )  # another law begins after it
 
 
 def test_counted_numbers_follow_their_laws():
     streams = Streams(Purpose.PLACEBO, range(4), "cuda")
-    normal = streams.normal(50_001).cpu().double()
+    normal = streams.draw("normal", (50_001,)).cpu().double()
     assert normal.mean(1).abs().max() < 0.02
     assert (normal.std(1) - 1).abs().max() < 0.02
     assert (normal.abs() > 1.959964).double().mean().item() == pytest.approx(0.05, abs=0.003)
     assert torch.corrcoef(normal).fill_diagonal_(0).abs().max() < 0.02
-    uniform = streams.uniform(50_001).cpu().double()
+    uniform = streams.draw("uniform", (50_001,)).cpu().double()
     assert uniform.min() >= 0
     assert uniform.max() < 1
     assert torch.histc(uniform, 10, 0, 1).div(4 * 50_001).sub(0.1).abs().max() < 0.003

@@ -6,6 +6,7 @@ from agent_cases import random_batch
 
 from agents.ddpg import DDPG, DDPGConfig
 from agents.dqn import DQN, DQNConfig
+from agents.learner import update
 from agents.sac import SAC, SACConfig
 from agents.td3 import TD3, TD3Config
 
@@ -40,7 +41,7 @@ def learn(algo, network, factor):
             seen.extend((loss.detach(), agent.descent.flats[name].parameters[0].grad.clone()))
 
     agent.descent.step = multiplied
-    tags = agent.update(random_batch(32, 3, 2, discrete=algo == "dqn", seed=0))
+    tags = update(agent, random_batch(32, 3, 2, discrete=algo == "dqn", seed=0))
     flats = agent.descent.flats.items()
     return {name: flat.buffers[0].clone() for name, flat in flats}, *seen, tags
 

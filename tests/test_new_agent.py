@@ -10,9 +10,9 @@ import pytest
 import torch
 from agent_cases import random_batch
 
-from agents.agent import Turns, check
+from agents.agent import Turns
 from agents.explorer import Explorer
-from agents.learner import Learner
+from agents.learner import Learner, update
 from agents.networks import Critic, GaussianActor
 from agents.optimizers import Descent
 from agents.presets import ALGORITHMS
@@ -39,7 +39,6 @@ class REDQ:
     """SAC with an ensemble of critics, a random few of which bootstrap."""
 
     def __init__(self, obs_dim, action_dim, config, seeds, device, total_steps):
-        check(config)
         self.config, self.action_dim = config, action_dim
         self.exploration = Streams(Purpose.EXPLORATION, seeds, device)
         self.randomness = Streams(Purpose.UPDATE, seeds, device)
@@ -59,11 +58,6 @@ class REDQ:
         self.policy = self.actor
 
     noise, explore, charts = SAC.noise, SAC.explore, SAC.charts
-
-    def update(self, batch):
-        noise = self.randomness.normal(2, *batch.action.shape[1:])
-        order = self.randomness.uniform(self.config.critics)
-        return self.learn(batch, noise, order, *self.turns.next())
 
     def learn(self, batch, noise, order, follow):
         s, a, r, terminated, s_next = batch
@@ -107,7 +101,7 @@ def test_with_two_critics_that_both_count_its_critics_are_those_of_sac():
     redq = REDQ(3, 1, REDQConfig(**SMALL, critics=2), (4,), "cpu", 100)
     sac = SAC(3, 1, SACConfig(**SMALL), (4,), "cpu", 100)
     for agent in (redq, sac):
-        agent.update(batch(0))
+        update(agent, batch(0))
     assert torch.equal(weights(redq)[0], weights(sac)[0])
     assert torch.equal(weights(redq)[1], weights(sac)[1])
 
@@ -148,6 +142,6 @@ def test_its_target_takes_the_minimum_over_another_few_each_time():
     learn = agent.learn
     agent.learn = lambda *given: seen.append(given[2].argsort(-1)[:, :2]) or learn(*given)
     for k in range(20):
-        agent.update(batch(k))
+        update(agent, batch(k))
     assert all(len({*pair.flatten().tolist()}) == 2 for pair in seen)
     assert {i for pair in seen for i in pair.flatten().tolist()} == {0, 1, 2, 3}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from agents.checkpoint import newest
 from agents.ddpg import DDPGConfig
@@ -103,6 +104,26 @@ def poison(training, network, at, value=math.nan):
         return inner(name, norm)
 
     watch.found_inf = found_inf
+
+
+class Huge(gym.Env):
+    """Ends with an observation that float32 does not hold."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2), {}
+
+    def step(self, action):
+        return np.array([1e300, 0.0]), 1.0, True, False, {}
+
+
+def test_a_last_observation_that_float32_does_not_hold_stops_the_run_without_a_warning():
+    envs = SyncVectorEnv([Huge], autoreset_mode=AutoresetMode.SAME_STEP)
+    training = Training("dqn", CONFIGS["dqn"], TrainConfig("unused", 60, eval_every=0), envs=envs)
+    with pytest.raises(NonFiniteError, match="an observation is not finite in float32"):
+        training.run()
 
 
 @pytest.mark.parametrize("fault", ["nan", "inf", "-inf"])
@@ -217,16 +238,16 @@ def test_a_bad_gradient_stops_the_run_before_any_weight_has_it(algo, network, va
 def test_skipping_a_bad_gradient_moves_nothing_of_that_network(algo, network):
     training, seen = make(algo, on_nonfinite="skip"), []
     poison(training, network, at={12, 20})
-    inner = training.agent.update
+    inner = training.agent.learn
 
-    def update(batch):
+    def learn(*given):
         before = [p.clone() for p in trained(training)]
-        tags = inner(batch)
+        tags = inner(*given)
         after = trained(training)
         seen.append([not torch.equal(x, y) for x, y in zip(before, after, strict=True)])
         return tags
 
-    training.agent.update = update
+    training.agent.learn = learn
     training.run()
     assert training.skipped == 2
     networks = len(training.agent.descent.optimizers)

@@ -18,6 +18,7 @@ from agents.checkpoint import Checkpoints, newest, restore
 from agents.dqn import DQN, DQNConfig
 from agents.environments import interface, make_env
 from agents.explorer import explore
+from agents.learner import update
 from agents.pixels import FrameReplay, PixelQNetwork
 from agents.presets import preset
 from agents.replay import Replay
@@ -159,7 +160,7 @@ def updated(seeds, updates=20):
         replay.add(obs[:, k : k + 1], np.array(action), np.array(reward), end, next_obs)
     sampling = Streams(Purpose.REPLAY, seeds)
     for _ in range(updates):
-        tags = agent.update(replay.sample(32, sampling))
+        tags = update(agent, replay.sample(32, sampling))
     actions = explore(agent, torch.from_numpy(obs[:, :9]), 999)
     return [actions, *tags.values(), *agent.q.parameters(), *agent.q_target.module.parameters()]
 

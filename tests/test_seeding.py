@@ -39,7 +39,7 @@ def test_other_draws_follow_on_what_was_used():
     assert torch.equal(ahead.below(9, 2, 4), single.below(9, 2, 4))
     for one in (ahead.next, single.draw):
         one("normal", (3,))
-    assert torch.equal(ahead.uniform(2), single.uniform(2))
+    assert torch.equal(ahead.draw("uniform", (2,)), single.draw("uniform", (2,)))
 
 
 @pytest.mark.cuda

@@ -7,6 +7,7 @@ import torch
 from agent_cases import random_batch, train_on_noise
 
 from agents import targets
+from agents.learner import update
 from agents.presets import ALGORITHMS
 from agents.training import TrainConfig, Training
 from scripts import train
@@ -30,7 +31,7 @@ def make(algo, **changes):
 
 
 def step(agent, k):
-    agent.update(random_batch(16, 3, 2, discrete=hasattr(agent, "q"), seed=k))
+    update(agent, random_batch(16, 3, 2, discrete=hasattr(agent, "q"), seed=k))
 
 
 def weights(network):

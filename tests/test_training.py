@@ -16,6 +16,7 @@ from agents.seeding import episode_seed
 from agents.td3 import TD3Config
 from agents.training import TrainConfig, Training, crossings
 from agents.vector import EpisodeSeeds
+from tests.agent_cases import after_each_step
 
 DQN_SMALL = DQNConfig(
     learning_rate=1e-2, batch_size=16, learning_starts=10, target_update_every=5, hidden=(16,)
@@ -180,19 +181,6 @@ def test_gradient_steps_fire_every_k_environment_steps_after_learning_starts(n_e
         rounds = len([k for k in range(11, step + 1) if k % 4 == 0])  # 12, 16, 20, ...
         assert updates == 3 * rounds
     assert training.updates == 24
-
-
-def test_recorders_see_the_weights_after_every_gradient_step():
-    training = counting(40)
-    seen = []
-    training.recorders.append(
-        lambda: seen.append((training.updates, training.agent.q.net[-1].bias[0, 0, 0].item()))
-    )
-    training.run()
-    assert [update for update, _ in seen] == list(range(1, training.updates + 1))
-    assert training.updates == 8  # steps 12, 16, ..., 40
-    assert seen[-1][1] == training.agent.q.net[-1].bias[0, 0, 0].item()
-    assert len({weight for _, weight in seen}) == 8
 
 
 def test_evaluation_comes_every_k_steps_and_at_the_end():
@@ -374,6 +362,39 @@ class Unbounded(Counting):
 
 
 @pytest.mark.parametrize(
+    ("algo", "field", "value", "message"),
+    [
+        ("dqn", "gamma", 1.5, r"gamma must be in \[0.0, 1.0\], got 1.5"),
+        ("dqn", "learning_rate", np.nan, "learning_rate must be in .*, got nan"),
+        ("dqn", "batch_size", 0, "batch_size must be at least 1, got 0"),
+        ("dqn", "hidden", (64, 0), r"hidden must be in \[1, .*\], got \(64, 0\)"),
+        ("sac", "alpha_init", 0, r"alpha_init must be in .*, got 0"),
+        *(
+            ("td3", field, -1, f"{field} must be .*, got -1")
+            for field in (
+                "tau",
+                "noise_std",
+                "policy_delay",
+                "target_noise_std",
+                "target_noise_clip",
+            )
+        ),
+        (None, "max_episode_steps", 0, "max_episode_steps must be at least 1, got 0"),
+        (None, "n_envs", 0, r"n_envs must be in \[1, .*\], got 0"),
+    ],
+)
+def test_a_setting_outside_its_limits_is_refused(algo, field, value, message):
+    run = TrainConfig("CartPole-v1", 100)
+    config = ALGORITHMS[algo or "dqn"][1]()
+    if algo is None:
+        run = replace(run, **{field: value})
+    else:
+        config = replace(config, **{field: value})
+    with pytest.raises(ValueError, match=message):
+        Training(algo or "dqn", config, run)
+
+
+@pytest.mark.parametrize(
     ("algo", "env_class", "message"),
     [
         ("dqn", Matrix, "observations must be a one-dimensional Box, got Box"),
@@ -455,7 +476,7 @@ def test_a_linear_decay_falls_to_its_floor_and_stays(until, floor, expected):
     training = Training("dqn", agent, config)
     rates = []
     group = training.agent.descent.optimizers["q"].param_groups[0]
-    training.recorders.append(lambda: rates.append(group["lr"] / agent.learning_rate))
+    after_each_step(training, lambda: rates.append(group["lr"] / agent.learning_rate))
     training.run()
     training.close()
     assert rates == pytest.approx(expected)
