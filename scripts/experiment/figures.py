@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scripts.experiment import stats
-from scripts.experiment.analysis import FEWEST, Effect, gain, present
+from scripts.experiment.analysis import FEWEST, MARGIN, Effect, gain, present
 from scripts.experiment.schemes import LAST
 from scripts.experiment.stats import Floats, Interval
 from scripts.experiment.tidy import Stratum, label, place_of
@@ -37,13 +37,13 @@ STYLE: Any = {  # matplotlib types the keys one by one
 }
 FOREST = (
     "Difference of the shipped weights' score, averaged minus last. Mean, 95 % interval. Grey:"
-    " within 0.2 standard deviations of last over runs, too small to matter. Hollow: too few runs"
-    " for an interval."
+    f" within {MARGIN:g} standard deviations of last over runs, too small to matter. Hollow: too"
+    " few runs for an interval."
 )
 DOSE = (
     "The difference of the shipped weights against how much last moved within a run before. The"
-    " standard deviation is over points from 55 to 75 % of the run, none of which is part of an"
-    " endpoint; mean over runs; 95 % intervals, not adjusted."
+    " standard deviation is over points after 50 and up to 75 % of the run, none of which is part of"
+    " an endpoint; mean over runs; 95 % intervals, not adjusted."
 )
 CURVES = (
     "Learning curves of last and of the average of the run so far, and their paired difference."
@@ -220,7 +220,7 @@ def draw_dose(rows: Mapping[str, tuple[Stratum, Effect]]) -> Figure:
         marker = "osD^v<>pPX*hd"[i % 13]
         style: dict[str, Any] = {"marker": marker, "color": color, "label": name}
         bar(axes, x, float(effect.interval.estimate), effect.interval, **style)
-    axes.set_xlabel("standard deviation within a run at 55 to 75 % of it, normalised")
+    axes.set_xlabel("standard deviation within a run after 50 and up to 75 % of it, normalised")
     axes.set_ylabel("averaged − last, normalised")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure

@@ -5,7 +5,15 @@ Each verb is that of the word which the registration allows for an effect and it
 
 from scripts.experiment.analysis import Effect, gain
 from scripts.experiment.registered import BUDGET, HEADROOM, NULL, Study, Test
-from scripts.experiment.wording import interval, listing, number, p_value, plain, says
+from scripts.experiment.wording import (
+    interval,
+    is_indicative,
+    listing,
+    number,
+    p_value,
+    plain,
+    says,
+)
 
 VERBS = {  # of what is compared with something
     "better": "was better than",
@@ -104,8 +112,7 @@ def predicted(study: Study) -> str:
 
 def verb(effect: Effect, p: float) -> str:
     """How a comparison came out, as a verb."""
-    word, _, few = says(effect, p).partition(", ")
-    return f"**{VERBS[word]}**" + f" ({few})" * bool(few)
+    return f"**{VERBS[effect.word(p)]}**" + " (indicative)" * is_indicative(effect)
 
 
 def says_of(test: Test) -> str:

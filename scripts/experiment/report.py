@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from scripts.experiment.analysis import FEWEST, adjust, contrast, gain
+from scripts.experiment.analysis import CEILING, FEWEST, MARGIN, SIGNIFICANT, adjust, contrast, gain
 from scripts.experiment.figures import (
     CURVES,
     DOSE,
@@ -28,7 +28,7 @@ from scripts.experiment.literature import LITERATURE
 from scripts.experiment.page import Page
 from scripts.experiment.registered import Replay, Study, divide
 from scripts.experiment.registered_report import RegisteredReport
-from scripts.experiment.schemes import LAST, PRIMARY
+from scripts.experiment.schemes import LAST, LATE, PRIMARY
 from scripts.experiment.tidy import (
     SCALES,
     Key,
@@ -375,13 +375,13 @@ class Report:
             " are evaluated on the same episodes, so every comparison is paired by run. The unit of"
             " every interval and test is the run.",
             "Shipped weights: the mean return of the last point's episodes. Stopped late: the mean"
-            " over the points from 80 % of the run on. Normalised: (score − random) / (reference −"
-            " random), so that 0 is a random policy and 1 the reference.",
+            f" over the points from {100 * LATE:g} % of the run on. Normalised: (score − random) /"
+            " (reference − random), so that 0 is a random policy and 1 the reference.",
             "“better”, “worse”: the p of sign flips, adjusted by Holm over the tests that can"
-            f" reject, is at most .05. “cannot tell: ceiling”: over half of the pairs are both at"
-            " the environment's largest return. “no difference that matters”: the 95 % t interval"
-            " lies inside ±0.2 standard deviations of last over runs (the ceiling is asked first)."
-            " “not settled”: all else."
+            f" reject, is at most {SIGNIFICANT:g}. “cannot tell: ceiling”: over {100 * CEILING:g} %"
+            " of the pairs are both at the environment's largest return. “no difference that"
+            f" matters”: the 95 % t interval lies inside ±{MARGIN:g} standard deviations of last"
+            " over runs (the ceiling is asked first). “not settled”: all else."
             f" “too few runs”: under {FEWEST}; “indicative”: under {INDICATIVE}.",
             "Placebo: last on other episodes; its difference from last is noise by construction."
             " The best checkpoint is a baseline that spends evaluation episodes.",

@@ -32,7 +32,7 @@ OVERVIEW_NOTE = (
     "Means over runs, normalised where a scale is known, of the shipped weights; in the columns"
     " from “stopped late” on, differences as well: of the runs stopped late, of the worst tenth"
     " of the last point's episodes. Last and averaged: on episodes that both played. SD within a"
-    " run: of last at 55 to 75 % of it, before any endpoint."
+    " run: of last after 50 and up to 75 % of it, before any endpoint."
 )
 JUDGED = ("difference", "stopped late", "worst tenth")
 
@@ -73,8 +73,12 @@ def counts(effect: Effect) -> str:
 def says(effect: Effect, p: float, up: str = "better", down: str = "worse") -> str:
     """The word for an effect with its adjusted p, for a contrast in words of its own."""
     word = {"better": up, "worse": down}.get(text := effect.word(p), text)
-    few = effect.enough and min(x.size for x in effect.samples) < INDICATIVE
-    return word + ", indicative" * few
+    return word + ", indicative" * is_indicative(effect)
+
+
+def is_indicative(effect: Effect) -> bool:
+    """Whether it rests on enough runs for a word, and on too few for more than a hint."""
+    return effect.enough and min(x.size for x in effect.samples) < INDICATIVE
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
