@@ -42,8 +42,8 @@ FOREST = (
 )
 DOSE = (
     "The difference of the shipped weights against how much last moved within a run before. The"
-    " standard deviation is over points after 50 and up to 75 % of the run, none of which is part of"
-    " an endpoint; mean over runs; 95 % intervals, not adjusted."
+    " standard deviation is over points after 50 and up to 75 % of the run, none of which is part"
+    " of an endpoint; mean over runs; 95 % intervals, not adjusted."
 )
 CURVES = (
     "Learning curves of last and of the average of the run so far, and their paired difference."
@@ -220,7 +220,7 @@ def draw_dose(rows: Mapping[str, tuple[Stratum, Effect]]) -> Figure:
         marker = "osD^v<>pPX*hd"[i % 13]
         style: dict[str, Any] = {"marker": marker, "color": color, "label": name}
         bar(axes, x, float(effect.interval.estimate), effect.interval, **style)
-    axes.set_xlabel("standard deviation within a run after 50 and up to 75 % of it, normalised")
+    axes.set_xlabel("standard deviation within a run,\nafter 50 and up to 75 % of it, normalised")
     axes.set_ylabel("averaged − last, normalised")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
