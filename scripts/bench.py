@@ -29,7 +29,7 @@ from scripts.bench_cases.goals import goals
 from scripts.bench_cases.gpu import gpu
 from scripts.bench_cases.loops import loops
 from scripts.bench_cases.memory import memory
-from scripts.bench_cases.steps import many_seeds, steps
+from scripts.bench_cases.steps import dead_units, many_seeds, steps
 from scripts.bench_cases.tables import machine, to_json, to_markdown
 from scripts.bench_cases.timing import Bench, Clock, pinned
 from scripts.bench_cases.updates import growing, updates
@@ -40,7 +40,7 @@ Section = Literal["gpu", "updates", "steps", "scaling", "averaging", "memory", "
 SECTIONS: dict[str, Sequence[Callable[[Bench], None]]] = {
     "gpu": [gpu],
     "updates": [updates],
-    "steps": [steps],
+    "steps": [steps, dead_units],
     "scaling": [many_seeds, growing, many_averages],
     "averaging": [averaging],
     "memory": [memory],

@@ -6,10 +6,13 @@ which one is an actor's too.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 from agents.ddpg import DDPGConfig
+from agents.denormals import flushed
 from agents.dqn import DQNConfig
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
@@ -26,6 +29,8 @@ GEMMS = "its GEMMs alone"
 ALONE, TOGETHER, TF32 = "one seed", "seeds together", "seeds together, TF32"
 SAC_STEP, DDPG_STEP, TD3_STEP = "SAC gradient step", "DDPG gradient step", "TD3 gradient step"
 DQN64_STEP, DQN256_STEP = "DQN gradient step, 64 units", "DQN gradient step, 256x256"
+DEAD_UNITS = "DDPG gradient step, half of the units dead"
+FLUSHED, KEPT = "denormal numbers flushed", "denormal numbers kept"
 SAC_SEEDS = "SAC step of many seeds"
 DQN64_SEEDS, DQN256_SEEDS = "DQN step of many seeds, 64 units", "DQN step of many seeds, 256x256"
 
@@ -89,6 +94,32 @@ def steps(bench: Bench) -> None:
         bench.compare(title, contenders, seconds=STEP, note=note, baseline=SB3, needs=needs)
         for training in trainings.values():
             training.close()
+
+
+def dead_units(bench: Bench) -> None:
+    """A step late in a run, where of half of the units Adam's first moments are denormal."""
+    if bench.device.type != "cpu":
+        return
+    contenders = {}
+    for name, mode in ((FLUSHED, flushed), (KEPT, nullcontext)):
+        training = filled(*STEPS[DDPG_STEP][:3], bench.device)
+        learn(training, 3)
+        agent: Any = training.agent
+        for network in (agent.actor, agent.critic):
+            for layer in [*network.net][:-1:2]:
+                layer.bias.data[..., ::2] = -1e3
+        for optimizer in agent.descent.optimizers.values():
+            for state in optimizer.state.values():
+                state["exp_avg"].mul_(1e-36)
+        contenders[name] = partial(step_in, mode, training)
+    bench.compare(DEAD_UNITS, contenders, seconds=STEP, baseline=KEPT)
+
+
+def step_in(mode: Callable[[], AbstractContextManager[object]], training: Training) -> None:
+    """A gradient step in a way of treating denormal numbers."""
+    training.learner.begin(1)
+    with mode():
+        training.learner.step()
 
 
 def many_seeds(bench: Bench) -> None:
