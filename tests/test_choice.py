@@ -5,7 +5,18 @@ import numpy as np
 import pytest
 
 from scripts import choice
-from scripts.choice import BASE, PRIOR, RULES, Group, Run, affordable, best, held, replay
+from scripts.experiment import choosing
+from scripts.experiment.choosing import (
+    BASE,
+    PRIOR,
+    RULES,
+    Group,
+    Run,
+    affordable,
+    best,
+    held,
+    replay,
+)
 
 PUBLISHED = Path(__file__).parent.parent / "scripts" / "results" / "exploratory" / "results.csv.gz"
 CHECKPOINTS, AVERAGES, ALL = RULES[2:]
@@ -36,14 +47,14 @@ def test_candidates_are_the_schemes_of_the_last_step_by_their_present_names(tmp_
     for scheme in ("tail25", "all", "placebo", "best", "line0.5", "window90", "window95", "new"):
         rows += rows_of(scheme, 100, [3, 4])
     write(tmp_path / "r.csv", rows)
-    (run,) = choice.read([tmp_path / "r.csv"])
+    (run,) = choosing.read([tmp_path / "r.csv"])
     assert set(run.returns) == {"last", "tail25", "all", "window95", "window90", "new"}
     assert run.past == ["window95", "window90"]
     assert run.averages == ["tail25", "last", "all", "new"]
     assert run.all == ["tail25", "last", "window95", "window90", "all", "new"]
     assert run.checkpoints == ["last", "window95", "window90"]
     write(tmp_path / "r.csv", rows + rows_of("checkpoint95", 100, [3, 4]))
-    (run,) = choice.read([tmp_path / "r.csv"])
+    (run,) = choosing.read([tmp_path / "r.csv"])
     assert run.checkpoints == ["last", "checkpoint95"]
     assert run.all == ["tail25", "last", "window95", "window90", "all", "new"]
 
@@ -51,7 +62,7 @@ def test_candidates_are_the_schemes_of_the_last_step_by_their_present_names(tmp_
 def test_without_stretches_of_the_past_the_last_iterate_was_there_in_the_last_fifth(tmp_path):
     rows = [row for step in range(10, 101, 5) for row in rows_of(BASE, step, [step, step + 1])]
     write(tmp_path / "r.csv", rows)
-    (run,) = choice.read([tmp_path / "r.csv"])
+    (run,) = choosing.read([tmp_path / "r.csv"])
     assert run.past == [
         "iterate of step 95",
         "iterate of step 90",
@@ -71,7 +82,7 @@ def test_only_episodes_that_all_candidates_have_are_common():
 def test_few_runs_of_a_stratum_are_pooled_in_units_of_their_own(tmp_path):
     runs = [run_of({"last": [i, i], "tail25": [1, 2]}, f"{i}") for i in range(5)]
     alone = Run(("Other-v0", "sac", ""), "x", runs[0].returns, [], 7.0)
-    first, second = choice.grouped([*runs, alone])
+    first, second = choosing.grouped([*runs, alone])
     assert (len(first.runs), first.pooled) == (5, False)
     assert first.margin == pytest.approx(0.2 * np.std(range(5), ddof=1))
     assert (second.runs, second.span(alone), second.pooled) == ([alone], 7.0, True)
@@ -132,20 +143,20 @@ def test_what_needs_more_episodes_than_are_stored_is_not_replayed():
     assert AVERAGES.plan(run.averages, 36)[0] == 15
     assert np.isfinite(replay(run, AVERAGES, 36, splits=1))
     assert np.isnan(replay(run, AVERAGES, 60, splits=1))
-    found = choice.curves(Group("toy", [run_of(table, f"{i}") for i in range(5)]), splits=1)
-    points = dict(zip(choice.BUDGETS, found[AVERAGES.label], strict=True))
-    assert choice.cell(points[60], 5) == "\N{EN DASH}"
-    assert choice.cell(points[36], 5) == "+0.000 [+0.000, +0.000]"
+    found = choosing.curves(Group("toy", [run_of(table, f"{i}") for i in range(5)]), splits=1)
+    points = dict(zip(choosing.BUDGETS, found[AVERAGES.label], strict=True))
+    assert choosing.cell(points[60], 5) == "\N{EN DASH}"
+    assert choosing.cell(points[36], 5) == "+0.000 [+0.000, +0.000]"
 
 
 def test_rules_are_compared_over_the_same_runs():
     """Where only some runs have episodes enough for one rule, the others are scored on those."""
     names = ("last", "tail25", "tail10")
     runs = [run_of({n: np.arange(40 if i < 6 else 18) for n in names}, f"{i}") for i in range(9)]
-    found = choice.curves(Group("toy", runs, pooled=True), splits=1)
-    at_60 = [points[choice.BUDGETS.index(60)] for points in found.values()]
+    found = choosing.curves(Group("toy", runs, pooled=True), splits=1)
+    at_60 = [points[choosing.BUDGETS.index(60)] for points in found.values()]
     assert {point[1] for point in at_60 if point} == {6}
-    assert choice.cell(at_60[0], 9).endswith("(6 runs)")
+    assert choosing.cell(at_60[0], 9).endswith("(6 runs)")
 
 
 # --- the interval ---------------------------------------------------------------------------------
@@ -169,7 +180,7 @@ def test_the_interval_of_a_replay_covers_and_shrinks_with_the_budget():
 
 @pytest.fixture(scope="module")
 def published():
-    return {group.name: group for group in choice.grouped(choice.read([PUBLISHED]))}
+    return {group.name: group for group in choosing.grouped(choosing.read([PUBLISHED]))}
 
 
 def test_twelve_episodes_gain_a_lot_on_cartpole_and_thirty_six_more(published):
