@@ -40,13 +40,20 @@ class Options:
     """score of a uniformly random policy in the results' one environment: what 0 is"""
     reference_score: float | None = None
     """score of a good policy there: what 1 is"""
+    left_out: tuple[int, ...] = ()
+    """cells of the registered study that will not be run, the last ones: nothing of the study is
+    compared before all others have ended"""
 
 
 @command_line("report", Options, __doc__)
 def main(options: Options) -> int:
     """Write the report, and print where its page is."""
     scores = options.random_score, options.reference_score
-    print(write_report(options.results, options.out, options.primary, *scores, replay))
+    print(
+        write_report(
+            options.results, options.out, options.primary, *scores, replay, options.left_out
+        )
+    )
     return 0
 
 

@@ -3,6 +3,7 @@
 # ruff: noqa: RUF001  (the report's minus signs and dashes)
 
 import csv
+import dataclasses
 import gzip
 import json
 import math
@@ -290,6 +291,26 @@ def test_contrasts_pair_by_training_seed():
     assert effect.samples[0] == pytest.approx([-0.5, 0])
 
 
+def test_a_contrast_is_at_the_ceiling_where_over_half_of_its_seeds_are():
+    seeds = [str(i) for i in range(10)]
+    full = stratum({"last": [500] * 6 + [300] * 4}, seeds=seeds)
+    most = stratum({"tail25": [500] * 6 + [400] * 4, "last": [500] * 10}, seeds=seeds)
+    half = stratum({"tail25": [500] * 5 + [400] * 5, "last": [500] * 10}, seeds=seeds)
+    assert contrast([(1, full, "last"), (-1, most, "tail25")]).ceiling
+    assert not contrast([(1, full, "last"), (-1, half, "tail25")]).ceiling
+
+
+def test_equal_scores_come_to_exactly_nothing_in_a_contrast():
+    rng = np.random.default_rng(0)
+    terms = []
+    for weight in (-0.3, -0.1, 0.1, 0.3):
+        score = rng.uniform(22, 400, 20)
+        s = stratum({"last": score, "tail25": score}, seeds=[str(i) for i in range(20)])
+        s = dataclasses.replace(s, variant=str(weight))
+        terms += [(weight, s, "tail25"), (-weight, s, "last")]
+    assert contrast(terms).counts == (0, 20, 0)
+
+
 # --- the registration ---------------------------------------------------------------------------
 
 
@@ -332,6 +353,9 @@ def test_a_prediction_fails_where_the_interval_excludes_it(low, high, shift, out
     assert Prediction("", low, high, None).outcome == "not run"
 
 
+REST = range(4, 13)  # cells that are left out
+
+
 def registered(cell, runs=None, seeds=None):
     n = runs or cell.runs
     rng = np.random.default_rng(cell.number)
@@ -347,7 +371,7 @@ def registered(cell, runs=None, seeds=None):
 def test_a_cell_counts_when_all_of_its_runs_have_ended():
     whole, partial = registered(CELLS[0]), registered(CELLS[1], 19)
     strata, others = divide([whole, partial])
-    study = Study(strata, [])
+    study = Study(strata, [], left_out=range(2, 13))
     assert others == []
     assert [*study.cells] == [place(CELLS[0])]
     assert study.absent[2, ""] == "19 of 20 runs have ended"
@@ -356,6 +380,7 @@ def test_a_cell_counts_when_all_of_its_runs_have_ended():
     assert [t.number for t in study.secondary() if t.in_family] == [1]
     (first,) = (t for t in study.secondary() if t.number == 1)
     assert first.p == first.effect.p  # the only one of the family
+    assert Study(strata, []).absent[1, ""] == "20 of 20 runs have ended"
 
 
 def test_the_three_tests_that_choose_are_those_of_the_family():
@@ -367,7 +392,7 @@ def test_the_three_tests_that_choose_are_those_of_the_family():
         ask.append(budget)
         return np.full(20, worth[rule]) + np.linspace(-0.1, 0.1, 20)
 
-    tests = {test.number: test for test in Study(strata, [], stub).secondary()}
+    tests = {test.number: test for test in Study(strata, [], stub, REST).secondary()}
     estimates = [float(tests[n].effect.interval.estimate) for n in (5, 6, 7)]
     assert estimates == pytest.approx([0.3, 0.5, 0.4])
     assert {tests[n].effect.runs for n in (5, 6, 7)} == {60}
@@ -377,7 +402,7 @@ def test_the_three_tests_that_choose_are_those_of_the_family():
 
 def test_without_a_replay_the_three_are_named_and_counted():
     strata = {s.key: s for s in map(registered, CELLS[:3])}
-    tests = Study(strata, []).secondary()
+    tests = Study(strata, [], left_out=REST).secondary()
     assert [test.number for test in tests if not test.computed] == [5, 6, 7]
     assert [test.number for test in tests if test.in_family] == [1, 2, 3, 5, 6, 7, 9]
     assert tests[0].p == pytest.approx(6 * tests[0].effect.p)
@@ -390,9 +415,13 @@ def test_budgets_are_shown_side_by_side(tmp_path):
     def stub(returns, rule, budget):
         return np.full(20, 0.01 * budget) if budget else np.full(20, np.nan)
 
-    RegisteredReport(page, Study(strata, [], stub)).budgets()
+    RegisteredReport(page, Study(strata, [], stub, REST)).budgets()
     _, _, table, note = page.parts
     assert row(table, "best of ten windows, equal numbers")[1:3] == ["–", "+0.050 [+0.050, +0.050]"]
+    assert row(table, "choose minus best of last and five checkpoints")[1:3] == [
+        "–",
+        "+0.000 [+0.000, +0.000]",
+    ]
     assert row(table, "minus always tail25")[-1] == "120 episodes"
     assert re.search(r"`polyak_rl.choose` is that of commit \w{7,}", note)
 

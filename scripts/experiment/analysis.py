@@ -10,7 +10,7 @@ from scipy.stats import trim_mean  # type: ignore[import-untyped]
 from scripts.experiment import stats
 from scripts.experiment.schemes import LAST, PRIMARY
 from scripts.experiment.stats import Floats, Interval
-from scripts.experiment.tidy import LARGEST, Stratum
+from scripts.experiment.tidy import LARGEST, Key, Stratum
 
 FEWEST = 5  # runs: with fewer there is neither an interval nor a word
 SIGNIFICANT = 0.05
@@ -116,16 +116,25 @@ def gain(
 def contrast(
     terms: Sequence[tuple[float, Stratum, str]], *, endpoint: Endpoint = Stratum.shipped
 ) -> Effect:
-    """A weighted sum of scores, of (weight, stratum, scheme) each, paired by training seed."""
+    """A weighted sum of scores, of (weight, stratum, scheme) each, paired by training seed.
+
+    It is at the ceiling where over half of the seeds have all the scores there that count.
+    """
     scores = []
     for _, s, scheme in terms:
         beside = {other for _, one, other in terms if one is s}
         scores.append(dict(zip(s.seeds, endpoint(s, scheme, *beside), strict=True)))
     common = [seed for seed in scores[0] if all(np.isfinite(x.get(seed, np.nan)) for x in scores)]
-    rows = np.array([[x[seed] for seed in common] for x in scores])
-    weights = np.array([weight for weight, _, _ in terms])
-    strata = {s.key: s for _, s, _ in terms}
-    return Effect((weights @ rows,), margin=margin(*strata.values(), endpoint=endpoint))
+    parts: dict[Key, Floats] = {}  # stratum by stratum, so that equal scores come to exactly 0
+    at = np.ones(len(common), dtype=bool)
+    for (weight, s, _), score in zip(terms, scores, strict=True):
+        row = np.array([score[seed] for seed in common])
+        parts[s.key] = parts.get(s.key, np.zeros(len(common))) + weight * row
+        if weight:
+            at &= at_ceiling(s, row, row)
+    limit = margin(*{s.key: s for _, s, _ in terms}.values(), endpoint=endpoint)
+    total = np.sum([*parts.values()], axis=0)
+    return Effect((total,), None, limit, bool(at.size) and bool(at.mean() > CEILING))
 
 
 def margin(*strata: Stratum, endpoint: Endpoint = Stratum.shipped) -> float:

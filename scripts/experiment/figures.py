@@ -38,7 +38,7 @@ STYLE: Any = {  # matplotlib types the keys one by one
 FOREST = (
     "Difference of the shipped weights' score, averaged minus last. Mean, 95 % interval. Grey:"
     f" within {MARGIN:g} standard deviations of last over runs, too small to matter. Hollow: too"
-    " few runs for an interval."
+    " few runs for an interval. No interval is adjusted."
 )
 DOSE = (
     "The difference of the shipped weights against how much last moved within a run before. The"

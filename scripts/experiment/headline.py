@@ -6,6 +6,7 @@ Each verb is that of the word which the registration allows for an effect and it
 from scripts.experiment.analysis import Effect, gain
 from scripts.experiment.registered import BUDGET, HEADROOM, NULL, Study, Test
 from scripts.experiment.wording import (
+    includes_zero,
     interval,
     is_indicative,
     listing,
@@ -35,9 +36,14 @@ PLACE = (
 
 
 def headline(study: Study) -> list[str]:
-    """The five sentences; the first alone, where it cannot be said what came out."""
+    """The five sentences; or one, where it cannot be said what came out."""
+    if not study.closed:
+        return [
+            "The registered study is under way: nothing of it is compared before all of its cells"
+            " that will be run have ended."
+        ]
     if not study.primary():
-        return ["The registered primary test cannot be made: a cell of it has not ended."]
+        return ["The registered primary test cannot be made: a cell of it was left out."]
     tests = {test.number: test for test in study.secondary()}
     return [
         averaging(study),
@@ -55,7 +61,7 @@ def averaging(study: Study) -> str:
     least, most = (f(float(e.interval.estimate) for e in without) for f in (min, max))
     return (
         f"Over {names}, shipping the average of the last quarter of the run (tail25)"
-        f" {verb(effect, effect.p)} shipping the last iterate: {interval(effect.interval)} in"
+        f" {verb(effect)} shipping the last iterate: {interval(effect.interval)} in"
         f" normalised score ({effect.runs} runs, 95 % interval, sign-flip p"
         f" {p_value(effect.p)}, the one registered primary test; without one of the three,"
         f" {number(least, sign=True)} to {number(most, sign=True)})."
@@ -79,8 +85,8 @@ def evaluating(tests: dict[int, Test]) -> str:
     return (
         f"With {BUDGET} episodes to choose by, the best of ten windows of 5 % against always tail25"
         f" came out as {says_of(tests[5])}, polyak\\_rl.choose among all against always tail25 as"
-        f" {says_of(tests[6])}, and against the best of last and five checkpoints as"
-        f" {says_of(tests[7])}."
+        f" {says_of(tests[6])}, and against the best of last and five checkpoints, which spends"
+        f" them too, as {says_of(tests[7])}."
     )
 
 
@@ -105,14 +111,17 @@ def predicted(study: Study) -> str:
     absent = listing([f"cell {key[0]}" + f" ({key[1]})" * bool(key[1]) for key in study.absent])
     return (
         f"Of {len(judged)} predictions that can be judged {len(failed)} failed{which} and {held}"
-        f" held; cells that are missing: {plain(absent) or 'none'}; runs that crashed:"
-        f" {sum(study.crashed.values())}."
+        f" held, by a rule that was not registered; cells that are missing:"
+        f" {plain(absent) or 'none'}; runs that crashed: {sum(study.crashed.values())}."
     )
 
 
-def verb(effect: Effect, p: float) -> str:
-    """How a comparison came out, as a verb."""
-    return f"**{VERBS[effect.word(p)]}**" + " (indicative)" * is_indicative(effect)
+def verb(effect: Effect) -> str:
+    """How the primary test came out: not shown where the interval includes 0, whatever its p."""
+    word = effect.word(effect.p)
+    if word in ("better", "worse") and includes_zero(effect):
+        word = "not settled"
+    return f"**{VERBS[word]}**" + " (indicative)" * is_indicative(effect)
 
 
 def says_of(test: Test) -> str:

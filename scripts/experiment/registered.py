@@ -86,14 +86,37 @@ class Prediction:
 
 
 class Study:
-    """The registered cells that have ended, and what is said of them.
+    """The registered cells, and what is said of them once all that will be run have ended.
 
-    Tests that choose need `replay`: without it they are named as not computed.
+    Before, nothing is: `cells` is empty, and `absent` says of each how far it is. Tests that choose
+    need `replay`: without it they are named as not computed.
+
+    Args:
+        strata: The registered runs that are there.
+        planned: All planned runs, as far as they are known.
+        replay: Replays choosing on stored episodes.
+        left_out: The numbers of cells that will not be run: the last ones, whole.
+
+    Attributes:
+        closed: Whether all cells but those left out have ended, and these have not.
+
+    Raises:
+        ValueError: `left_out` are not the last cells.
     """
 
     def __init__(
-        self, strata: Mapping[Key, Stratum], planned: Sequence[Run], replay: Replay | None = None
+        self,
+        strata: Mapping[Key, Stratum],
+        planned: Sequence[Run],
+        replay: Replay | None = None,
+        left_out: Sequence[int] = (),
     ) -> None:
+        numbers = sorted({cell.number for cell in CELLS})
+        if sorted(left_out) != numbers[len(numbers) - len(left_out) :]:
+            raise ValueError(
+                f"whole cells are left out from the end, the last of them {numbers[-1]}, got "
+                f"{', '.join(map(str, left_out))}"
+            )
         self.replay = replay
         self._chosen: dict[tuple[Rule, int], list[Floats]] = {}
         self.cells: dict[Place, Stratum] = {}
@@ -107,11 +130,16 @@ class Study:
             )
             s = strata.get(key)
             ended = crashed + (0 if s is None else int(np.isfinite(s.shipped(LAST.name)).sum()))
+            said = f"{ended} of {cell.runs} runs have ended" if ended else "not run"
+            self.absent[place(cell)] = said
             if s is not None and ended == cell.runs:
                 self.cells[place(cell)], self.crashed[place(cell)] = s, crashed
-            else:
-                said = f"{ended} of {cell.runs} runs have ended" if ended else "not run"
-                self.absent[place(cell)] = said
+        short = {key[0] for key in self.absent if key not in self.cells}
+        self.closed = short == {*left_out}
+        kept = [key for key in self.cells if self.closed and key[0] not in short]
+        self.cells = {key: self.cells[key] for key in kept}
+        self.crashed = {key: self.crashed[key] for key in kept}
+        self.absent = {key: said for key, said in self.absent.items() if key not in self.cells}
 
     def effect(self, build: Callable[..., Effect], *cells: Place) -> Effect | None:
         """What is made of the strata of these cells; None where one of them is missing."""
@@ -123,7 +151,8 @@ class Study:
         """As in "cell 4, DQN CartPole-v1 (lr=x2)"."""
         (cell,) = (cell for cell in CELLS if place(cell) == key)
         name = f"{cell.algo.upper()} {cell.env_id}"
-        return f"cell {key[0]}, {name}" + f" ({key[1]})" * bool(key[1])
+        late = " (settings fixed after registration, before its first run)" * (key[0] == 12)
+        return f"cell {key[0]}, {name}" + f" ({key[1]})" * bool(key[1]) + late
 
     def primary(self) -> dict[str, Effect]:
         """The primary test, and under it what is shown beside it without a test."""
@@ -219,7 +248,7 @@ class Study:
         yield Prediction(about, 0, math.inf, self.effect(slope, *RATES))
         about = "last with decay (cell 5) - tail25 without (cell 1)"
         yield Prediction(about, 0, 0, self.effect(decayed, DECAY, PLAIN))
-        about = "gain at hard 32 and none minus hard 512 and soft, cell 6"
+        about = "gain at hard 32 and none, their mean, minus hard 512 and soft, cell 6"
         yield Prediction(about, 0, math.inf, self.effect(targets, *TARGETS))
 
 
@@ -300,13 +329,13 @@ def provenance() -> str:
     """The commits that added the registration and last changed it, and its SHA-256."""
     digest = hashlib.sha256(REGISTRATION.read_bytes()).hexdigest()
     first, last = commit_of(REGISTRATION, "--diff-filter=A"), commit_of(REGISTRATION)
-    changed = f" (changes are listed at its end, the last of commit {last})" * (first != last)
-    return f"commit {first}{changed}, SHA-256 {digest}"
+    changed = f", changed at its end, the last time in commit {last}" * (first != last)
+    return f"commit {first}{changed} (SHA-256 as it is now: {digest})"
 
 
 def commit_of(path: Path, *options: str) -> str:
-    """The last commit that changed a file of this repository, by these options of `git log`."""
-    command = ["git", "log", "-1", *options, "--format=%h", "--", path.name]
+    """The last commit that changed a path of this repository, by these options of `git log`."""
+    command = ["git", "log", "-1", *options, "--format=%h", "--", str(path)]
     try:
         found = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

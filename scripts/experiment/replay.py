@@ -30,8 +30,13 @@ def replay(episodes: Mapping[str, Floats], rule: Rule, budget: int) -> Floats:
         Score of what the rule ships minus that of tail25, on the same episodes, which no candidate
         was tried on: each run's mean over random splits, [N]. NaN where the budget is too small for
         the candidates, or too large for the episodes.
+
+    Raises:
+        ValueError: A candidate of some runs is missing in others.
     """
-    names = [n for n in CANDIDATES[rule] if n in episodes and np.isfinite(episodes[n]).all()]
+    names = [n for n in CANDIDATES[rule] if n in episodes]
+    if lacking := [n for n in names if not np.isfinite(episodes[n]).all()]:
+        raise ValueError(f"expected the same episodes of all schemes, some runs lack {lacking[0]}")
     runs, stored = episodes[PRIMARY.name].shape
     used, pick = halving(names, budget) if rule == "choose" else best(names, budget)
     if pick is None or used >= stored:

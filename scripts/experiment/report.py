@@ -4,7 +4,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def write_report(
     random_score: float | None = None,
     reference_score: float | None = None,
     replay: Replay | None = None,
+    left_out: Sequence[int] = (),
 ) -> Path:
     """Read the results, write the report, and return its page; arguments as in `scripts.report`.
 
@@ -99,7 +100,7 @@ def write_report(
         out or (first if first.is_dir() else first.parent),
     )
     with matplotlib.rc_context(STYLE):
-        Report(page, strata, planned, primary, replay).write(about)
+        Report(page, strata, planned, primary, replay, left_out).write(about)
     return page.save()
 
 
@@ -129,12 +130,14 @@ class Report:
     planned: Sequence[Run]
     primary: str
     replay: Replay | None
+    left_out: Sequence[int]
 
     def __post_init__(self) -> None:
         registered, self.others = divide(self.read)
-        self.study = Study(registered, self.planned, self.replay)
+        fixed = {key: replace(s, scale=SCALES[s.env]) for key, s in registered.items()}
+        self.study = Study(fixed, self.planned, self.replay, self.left_out)
         ended = self.study.cells.values()
-        self.strata = [*ended, *self.others]  # of a cell that has not ended nothing is shown
+        self.strata = [*ended, *self.others]  # of a study that has not ended nothing is shown
 
     def write(self, about: Mapping[str, Any]) -> None:
         """All sections."""
@@ -274,8 +277,8 @@ class Report:
             self.page.text(
                 "Shipped weights; means over the runs that have both the scheme and last, and"
                 " differences over the episodes that both played: where these are as many for all,"
-                " scores subtract. 95 % t intervals, not adjusted, and no words: only the primary"
-                " comparison was planned."
+                " scores subtract. 95 % t intervals, not adjusted, and no words: these comparisons"
+                " were not planned."
             )
         for s in strata:
             rows = []
@@ -377,16 +380,18 @@ class Report:
             "Shipped weights: the mean return of the last point's episodes. Stopped late: the mean"
             f" over the points from {100 * LATE:g} % of the run on. Normalised: (score − random) /"
             " (reference − random), so that 0 is a random policy and 1 the reference.",
-            "“better”, “worse”: the p of sign flips, adjusted by Holm over the tests that can"
-            f" reject, is at most {SIGNIFICANT:g}. “cannot tell: ceiling”: over {100 * CEILING:g} %"
-            " of the pairs are both at the environment's largest return. “no difference that"
+            "“better”, “worse”: the p of sign flips (of one registered test that of t, which says"
+            " so), adjusted by Holm over the tests that can reject (a single one is not), is at"
+            f" most {SIGNIFICANT:g}. “cannot tell: ceiling”: over {100 * CEILING:g} % of the pairs"
+            " are both at the environment's largest return. “no difference that"
             f" matters”: the 95 % t interval lies inside ±{MARGIN:g} standard deviations of last"
             " over runs (the ceiling is asked first). “not settled”: all else."
             f" “too few runs”: under {FEWEST}; “indicative”: under {INDICATIVE}.",
             "Placebo: last on other episodes; its difference from last is noise by construction."
             " The best checkpoint is a baseline that spends evaluation episodes.",
-            "In simulation, at 10 and 20 runs, t intervals cover 92–97 % where the skewness is at"
-            " most 1, about 90 % with exponential scores; bands 95 %, 89–91 % at a skewness of 1.",
+            "In simulation (`tests/test_stats.py`), at 10 and 20 runs, t intervals cover 92–97 %"
+            " where the skewness is at most 1, about 90 % with exponential scores; bands 95 %,"
+            " 89–91 % at a skewness of 1.",
         ])  # fmt: skip
 
     def literature(self) -> None:

@@ -81,6 +81,11 @@ def is_indicative(effect: Effect) -> bool:
     return effect.enough and min(x.size for x in effect.samples) < INDICATIVE
 
 
+def includes_zero(effect: Effect) -> bool:
+    """Whether the 95 % interval does."""
+    return bool(effect.interval.low <= 0 <= effect.interval.high)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown."""
     lines = [header, ["---"] * len(header), *rows]
