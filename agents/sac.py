@@ -139,7 +139,7 @@ class SAC:
         self.descent.step("critic", critic_loss)
 
         # actor: J(phi) = mean alpha log pi(a_pi|s) - min_i Q_i(s, a_pi)
-        q_pi = self.critic(s, a_pi).min(1).values  # [S, B]
+        q_pi = self.critic(s, a_pi).min(1).values  # [S, B]; of equal ones one has the slope
         actor_loss = alpha * log_pi - q_pi  # [S, B]
         self.descent.step("actor", actor_loss)
 

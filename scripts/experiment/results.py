@@ -15,9 +15,10 @@ from polyak_rl.files import remove_partial, write_whole
 from scripts.experiment.jobs import Job, read_job
 from scripts.experiment.measurement import END, ending
 from scripts.experiment.run_folder import TABLE
+from scripts.experiment.tidy import COLUMNS as REQUIRED
 from scripts.experiment.tidy import read_table, result_files
 
-COLUMNS = ("run", "env", "algo", "seed", "variant", "scheme", "step", "episode", "return")
+COLUMNS = (*REQUIRED[:4], "variant", *REQUIRED[4:])
 
 
 def collect(out: Path, scores: Mapping[str, Sequence[float]] | None = None) -> None:
