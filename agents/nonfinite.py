@@ -85,7 +85,8 @@ class GradientWatch:
 
     def note(self) -> None:
         """Keep the flags of the gradient step under way, in the row that the device counts."""
-        self.flags.index_copy_(0, self._row, self._now.unsqueeze(0))
+        row = self._row.remainder(len(self.flags))  # past the end a device would stop for good
+        self.flags.index_copy_(0, row, self._now.unsqueeze(0))
         self._row.add_(1)
         self._now.zero_()
 

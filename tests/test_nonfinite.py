@@ -296,12 +296,13 @@ def test_flags_are_read_before_they_run_out():
     assert training.updates == 32
 
 
-def test_flags_of_steps_that_were_not_counted_are_not_given_to_others():
-    watch = GradientWatch(["q"], 1, "cpu")
-    for _ in range(3):
+@pytest.mark.parametrize("noted", [3, 20])  # of 16 rows
+def test_flags_of_steps_that_were_not_counted_are_not_given_to_others(noted):
+    watch = GradientWatch(["q"], 1, "cpu", capacity=16)
+    for _ in range(noted):
         watch.note()
     watch.count(7, noted=True)
-    with pytest.raises(RuntimeError, match="noted 3 gradient steps and 1 were counted"):
+    with pytest.raises(RuntimeError, match=f"noted {noted} gradient steps and 1 were counted"):
         watch.read()
 
 
