@@ -12,7 +12,9 @@ import pytest
 from scripts.experiment.analysis import Effect
 from scripts.experiment.headline import PLACE, VERBS, headline, verb
 from scripts.experiment.literature import LITERATURE
+from scripts.experiment.page import Page
 from scripts.experiment.registered import Study
+from scripts.experiment.registered_report import RegisteredReport
 from scripts.experiment.study import CELLS
 from tests.test_report import SPREAD, registered
 
@@ -124,6 +126,26 @@ def test_predictions_that_failed_are_named():
     *_, fifth = headline(study(CELLS[:3], left_out=range(4, 13)))
     # of tail25 in three cells, and of the target actor
     assert fifth.startswith("Of 4 predictions that can be judged 0 failed and 4 held, by")
+
+
+@pytest.mark.parametrize(
+    ("gains", "worth", "answers"),
+    [
+        (GAINS, {}, ["no", "no", "no", "no"]),
+        ({}, {}, ["**yes**", "no", "no", "no"]),
+        (GAINS, {"windows": 0.2}, ["no", "**yes**", "no", "no"]),
+        (GAINS, {"checkpoints": 0.2}, ["no", "**yes**", "no", "no"]),
+        ({**GAINS, 1: -0.15, 5: -0.4}, {}, ["no", "no", "**yes**", "no"]),
+        ({**GAINS, 7: 0.1, 8: 0.1, 10: 0.1}, {}, ["no", "no", "no", "**yes**"]),
+    ],
+)
+def test_what_would_change_the_conclusion_is_answered(tmp_path, gains, worth, answers):
+    worth = {"windows": -0.1, "choose": 0.0, "checkpoints": -0.1} | worth
+    page = Page("", tmp_path)
+    found = study(gains=gains, replay=lambda returns, rule, budget: worth[rule] + 0.001 * SIGNS)
+    RegisteredReport(page, found).conclusions()
+    rows = page.parts[-1].splitlines()[2:]
+    assert [row.split(" | ")[-1].rstrip(" |") for row in rows] == answers
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,10 @@ def dead_units(bench: Bench) -> None:
     """A step late in a run, where of half of the units Adam's first moments are denormal."""
     if bench.device.type != "cpu":
         return
-    contenders = {}
+    contenders, trainings = {}, []
     for name, mode in ((FLUSHED, flushed), (KEPT, nullcontext)):
         training = filled(*STEPS[DDPG_STEP][:3], bench.device)
+        trainings.append(training)
         learn(training, 3)
         agent: Any = training.agent
         for network in (agent.actor, agent.critic):
@@ -113,6 +114,8 @@ def dead_units(bench: Bench) -> None:
                 state["exp_avg"].mul_(1e-36)
         contenders[name] = partial(step_in, mode, training)
     bench.compare(DEAD_UNITS, contenders, seconds=STEP, baseline=KEPT)
+    for training in trainings:
+        training.close()
 
 
 def step_in(mode: Callable[[], AbstractContextManager[object]], training: Training) -> None:

@@ -83,7 +83,8 @@ PLACEBO = Scheme("placebo", "placebo: last iterate, other episodes", "end", cand
 ALL = Scheme(
     "all", "uniform over all of training", "end", lambda updates: Uniform(), place=("tail", 100)
 )
-SHOWN = (tail(50, "always"), ema(1, "late"))
+TAIL50, EMA1 = tail(50, "always"), ema(1, "late")
+SHOWN = (TAIL50, EMA1)
 """What every run is evaluated with beside the last iterate."""
 
 SCHEMES = table(
@@ -91,9 +92,9 @@ SCHEMES = table(
     tail(5, "end"),
     tail(10, "end"),
     PRIMARY,
-    SHOWN[0],
+    TAIL50,
     ALL,
-    SHOWN[1],
+    EMA1,
     TARGET,
     *(window(percent) for percent in range(95, 50, -5)),
     *(checkpoint(percent) for percent in range(95, 70, -5)),
